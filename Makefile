@@ -1,0 +1,34 @@
+# The commands a newcomer needs. Every target does its own set-up first (scripts/install: .venv with the pinned set).
+#   make demo            train the embedded Countdown model, live, then serve until Ctrl-C
+#   make demo ARGS="--exit --json demo.json"
+#   make test            check, then every test this machine can run
+#   make check           format, lint, types, layering
+#   make format          apply the formatter and the safe lint fixes
+
+BIN := .venv/bin
+# Two spinning OpenMP threads on a busy machine are many times slower than two that sleep while they wait.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: demo test check format install clean
+
+install:
+	@scripts/install
+
+demo: install
+	@$(BIN)/rewardsmith demo $(ARGS)
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_layering.py tests/test_exported_names.py
+
+test: check
+	$(BIN)/pytest $(ARGS)
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache
