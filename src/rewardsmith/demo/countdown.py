@@ -23,7 +23,7 @@ Term = tuple[int, str]  # a value and the expression that makes it
 _SHARE: dict[Split, range] = {"warm_start": range(10), "train": range(10, 15), "held_out": range(15, 20)}
 
 # Count of numbers in a problem -> the largest number in it. Two numbers give few problems each, so they may be larger.
-LARGEST_NUMBER = {2: 30, 3: 12}
+LARGEST_NUMBER = {2: 25, 3: 12}
 LARGEST_TARGET = 100
 # No step of a solution goes above this: the tokenizer of the embedded model has one token for each value up to here.
 LARGEST_VALUE = 199

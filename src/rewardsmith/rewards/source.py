@@ -1,20 +1,286 @@
-"""stub"""
+"""Reward functions as text: taking a function's source, and judging whether that text can stand alone.
+
+Only the text of the one `def` travels to the process that runs it. So `source_of` refuses what text cannot carry,
+and `check` lists everything in a text that would go wrong later, each with its line and the fix. Free names are read
+from the byte code, which knows scopes exactly. Annotations of the function's own signature are dropped before
+compiling: they may name things that stay behind. Standard library only; nothing is run but by `compile_function`.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import difflib
+import dis
+import functools
+import inspect
+import io
+import linecache
+import sys
+import tokenize
+from collections.abc import Callable, Iterator
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+MAX_SOURCE_BYTES = 256 * 1024
+PARAMETERS = "(prompt, completion, example)"
+
+# Interactive prompts put names of their own among the builtins; a worker has none of them.
+_BUILTINS = set(dir(builtins)) - {"_", "display", "get_ipython", "__IPYTHON__"}
+# Names that the compiler reads in class bodies.
+_IMPLICIT = {"__annotations__", "__conditional_annotations__"}
+_STRING_TOKENS = {"STRING", "FSTRING_MIDDLE", "TSTRING_MIDDLE"}
 
 
-class SourceError(ValueError): ...
+class SourceError(ValueError):
+    """A function that cannot travel as text. Its message says why and what to do."""
 
 
-def source_of(f):
-    import inspect, textwrap
+class Problem(NamedTuple):
+    """One thing wrong with a source text. `line` counts from 1 at the text's first line."""
 
-    return textwrap.dedent(inspect.getsource(f))
+    line: int
+    message: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.message}; {self.fix}"
 
 
-def check(text):
-    return []
+def source_of(function: Callable[..., Any]) -> str:
+    """The text of a plain function, moved to the left margin. Raises SourceError if text alone would not be it."""
+    _require_plain(function)
+    assert isinstance(function, FunctionType)
+    name = function.__code__.co_name
+    try:
+        text = _dedented(inspect.getsource(function))
+    except (OSError, SyntaxError, tokenize.TokenError):
+        raise SourceError(
+            f"the source of {name!r} cannot be read: it was typed at a prompt or made by exec, or its file has "
+            "changed; put it into a file and import it, or use RewardFunction.from_source(text)"
+        ) from None
+    try:
+        tree = ast.parse(text)
+        code = _compiled(tree, "<reward function>")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return text  # check() says what is wrong with it, and where
+    if [getattr(node, "name", None) for node in tree.body] != [name]:
+        raise SourceError(f"the file of {name!r} has changed since it was imported; import it again")
+    problems = [
+        Problem(line, f"`{used}` comes from outside the function", _fix_for_value(used, outer[used]))
+        for outer in [_meanings_from_outside(function)]
+        for used, line in _unbound_names(code)
+        if used in outer
+    ]
+    if problems:
+        raise SourceError("\n".join(str(problem) for problem in problems))
+    return text
 
 
-def compile_function(text, filename):
-    ns = {}
-    exec(compile(text, filename, "exec"), ns)
-    return next(v for k, v in ns.items() if k != "__builtins__")
+def check(text: str) -> list[Problem]:
+    """Everything that keeps `text` from being one reward function that stands alone, in the order of its lines."""
+    if len(text.encode(errors="replace")) > MAX_SOURCE_BYTES:
+        return [Problem(1, f"the source is longer than {MAX_SOURCE_BYTES // 1024} kB", "keep data in the dataset's rows")]
+    try:
+        tree = ast.parse(text)
+        code = _compiled(tree, "<reward function>")
+    except SyntaxError as error:
+        return [_syntax_problem(error)]
+    except (ValueError, RecursionError, MemoryError) as error:
+        return [Problem(1, f"this is not source text that Python can read ({error})", "send plain, less nested text")]
+    functions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    if not functions:
+        return [Problem(1, "there is no function", f"write one, `def reward{PARAMETERS}`")]
+    problems = [
+        *_problems_of_place(tree, functions[0]),
+        *_problems_of_signature(functions[0]),
+        *_problems_of_kind(functions[0], code),
+        *_problems_of_names(code),
+    ]
+    return sorted(problems, key=lambda problem: problem.line)
+
+
+def compile_function(text: str, filename: str) -> Callable[..., Any]:
+    """Run `text` in a fresh namespace and return its function. Tracebacks show its lines under `filename`.
+
+    Raises SourceError when `check` finds a problem. The text runs with all rights of this process.
+    """
+    problems = check(text)
+    if problems:
+        raise SourceError("\n".join(str(problem) for problem in problems))
+    linecache.cache[filename] = (len(text), None, io.StringIO(text).readlines(), filename)
+    namespace: dict[str, Any] = {"__name__": "reward_function"}
+    tree = ast.parse(text)
+    exec(_compiled(tree, filename), namespace)
+    function: Callable[..., Any] = namespace[tree.body[0].name]  # type: ignore[attr-defined]
+    return function
+
+
+# ---- taking the text --------------------------------------------------------------------------------------------------
+
+
+def _require_plain(function: object) -> None:
+    name = getattr(function, "__name__", None) or type(function).__name__
+    write = f"write a plain `def {name if str(name).isidentifier() else 'reward'}{PARAMETERS}`"
+    if isinstance(function, functools.partial):
+        raise SourceError(f"a functools.partial has no text of its own; {write} with the fixed values inside")
+    if isinstance(function, MethodType):
+        raise SourceError(f"{name!r} is a method and needs its object; {write}")
+    if hasattr(function, "__wrapped__"):
+        raise SourceError(
+            f"{name!r} is wrapped by a decorator, and only the text of the function inside would travel; "
+            "do the decorator's work inside the function"
+        )
+    if not isinstance(function, FunctionType):
+        kind = "a class" if isinstance(function, type) else f"of type {type(function).__name__}"
+        raise SourceError(f"{name!r} is {kind}, not a plain function; {write}")
+    if function.__code__.co_name == "<lambda>":
+        line = function.__code__.co_firstlineno
+        raise SourceError(f"line {line} of its file: a lambda has no text of its own; write a `def` with a name")
+
+
+def _dedented(text: str) -> str:
+    """`text` without the margin of its first line. Lines that begin inside a string belong to it and stay."""
+    margin = text[: len(text) - len(text.lstrip())]
+    if not margin:
+        return text
+    inside_string: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(f"if 1:\n{text}").readline):
+        if tokenize.tok_name[token.type] in _STRING_TOKENS:
+            inside_string.update(range(token.start[0], token.end[0]))
+    rows = enumerate(io.StringIO(text), 1)
+    return "".join(line if row in inside_string else line.removeprefix(margin) for row, line in rows)
+
+
+def _meanings_from_outside(function: FunctionType) -> dict[str, object]:
+    """What the text alone would lose without a free name to show for it: variables of an enclosing function, and
+    builtins that the function's module has replaced."""
+    replaced = {
+        name: value
+        for name, value in function.__globals__.items()
+        if name in _BUILTINS and not name.startswith("__") and value is not getattr(builtins, name)
+    }
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        if name != function.__code__.co_name:
+            replaced[name] = _content(cell)
+    return replaced
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def _fix_for_value(name: str, value: object) -> str:
+    if isinstance(value, ModuleType):
+        plain = f"import {value.__name__}"
+        return f"write `{plain}` inside it" if value.__name__ == name else f"write `{plain} as {name}` inside it"
+    if callable(value):
+        return f"define `{name}` inside it"
+    return f"give `{name}` its value inside it, or take it from `example`"
+
+
+# ---- judging the text -------------------------------------------------------------------------------------------------
+
+
+def _compiled(tree: ast.Module, filename: str) -> CodeType:
+    """Code of the module without the annotations of its top-level signatures, which this removes from the tree."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.returns = None
+            for argument in ast.walk(node.args):
+                if isinstance(argument, ast.arg):
+                    argument.annotation = None
+    return compile(tree, filename, "exec", dont_inherit=True)
+
+
+def _syntax_problem(error: SyntaxError) -> Problem:
+    where = f" in `{error.text.strip()}`" if error.text and error.text.strip() else ""
+    if isinstance(error, IndentationError) and "unexpected indent" in error.msg and error.lineno == 1:
+        return Problem(1, "the function is indented", "move its text to the left margin")
+    return Problem(error.lineno or 1, f"syntax error, {error.msg}{where}", "correct this line")
+
+
+def _problems_of_place(tree: ast.Module, function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[Problem]:
+    """Statements beside the function: only the function itself is run."""
+    for node in tree.body:
+        if node is function:
+            continue
+        shown = ast.unparse(node).splitlines()[0][:60]
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            yield Problem(node.lineno, f"`{shown}` has no effect here", "remove it")
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            message = f"`{node.name}` is a second function beside `{function.name}`"
+            yield Problem(node.lineno, message, "move helper functions inside the reward function")
+        else:
+            yield Problem(node.lineno, f"`{shown}` stands outside the function", f"move it inside `{function.name}`")
+    for decorator in function.decorator_list:
+        if not (isinstance(decorator, ast.Name) and decorator.id == "staticmethod"):
+            message = f"the decorator `@{ast.unparse(decorator)[:60]}` does not travel with the function"
+            yield Problem(decorator.lineno, message, "remove it and do its work inside the function")
+
+
+def _problems_of_signature(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[Problem]:
+    given = function.args
+    positional = [*given.posonlyargs, *given.args]
+    if len(positional) != 3 or given.vararg or given.kwonlyargs or given.kwarg:
+        message = f"`{function.name}({ast.unparse(given)})` does not have exactly three parameters"
+        yield Problem(function.lineno, message, f"write `def {function.name}{PARAMETERS}`")
+
+
+def _problems_of_kind(function: ast.FunctionDef | ast.AsyncFunctionDef, code: CodeType) -> Iterator[Problem]:
+    if isinstance(function, ast.AsyncFunctionDef):
+        fix = "write `def`; call `asyncio.run` inside where you need it"
+        yield Problem(function.lineno, f"`{function.name}` is async", fix)
+        return
+    own = next(part for part in _parts(code) if part.co_name == function.name)
+    if own.co_flags & inspect.CO_GENERATOR:
+        lines = (_line(step, own) for step in dis.get_instructions(own) if step.opname == "YIELD_VALUE")
+        yield Problem(next(lines, function.lineno), "`yield` makes the function a generator, which is not a number", "use `return`")
+
+
+def _problems_of_names(code: CodeType) -> Iterator[Problem]:
+    known = sorted(_BUILTINS | _local_names(code))
+    seen = set()
+    for name, line in _unbound_names(code):
+        if name in _BUILTINS or name in seen:
+            continue
+        seen.add(name)
+        if name in sys.stdlib_module_names:
+            fix = f"write `import {name}` inside it"
+        elif near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+            fix = f"did you mean `{near[0]}`? Else import or define it inside"
+        else:
+            fix = "import or define it inside"
+        yield Problem(line, f"`{name}` is not defined inside the function", fix)
+
+
+def _unbound_names(code: CodeType) -> Iterator[tuple[str, int]]:
+    """(name, line) of each reading of a name that nothing in the text binds, builtins included."""
+    steps_of = {part: list(dis.get_instructions(part)) for part in _parts(code)}
+    bound_globally = {step.argval for steps in steps_of.values() for step in steps if step.opname == "STORE_GLOBAL"}
+    bound_globally |= {step.argval for step in steps_of[code] if step.opname == "STORE_NAME"} | _IMPLICIT
+    for part, steps in steps_of.items():
+        bound = bound_globally | {step.argval for step in steps if step.opname == "STORE_NAME"}
+        for step in steps:
+            reads = step.opname.startswith("LOAD") and ("GLOBAL" in step.opname or "NAME" in step.opname)
+            if reads and step.argval not in bound:
+                yield step.argval, _line(step, part)
+
+
+def _parts(code: CodeType) -> Iterator[CodeType]:
+    """The code and all code inside it: functions, classes, comprehensions."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _parts(constant)
+
+
+def _line(step: dis.Instruction, code: CodeType) -> int:
+    return (step.positions and step.positions.lineno) or code.co_firstlineno
+
+
+def _local_names(code: CodeType) -> set[str]:
+    return {name for part in _parts(code) for name in (*part.co_varnames, *part.co_cellvars) if name.isidentifier()}

@@ -1,1 +1,44 @@
+"""Everything that writes SQL or files: one `Store` per process, its parts by name.
 
+    registry      users, tokens, repos, adapter versions
+    datasets      uploaded files, checked and kept as canonical JSON lines
+    runs          jobs: queue, lease, fence, control, revisions, timeline
+    telemetry     metrics and the manifest of segments
+    completions   queries over the segments of a job
+    artifacts     the files themselves
+
+A method is one transaction and returns wire models or small dataclasses. It raises NotFound, Conflict, Forbidden,
+Unauthorized, ConfigError or DatasetError, whose messages are for people. Every path that goes in or out is relative
+to the artifacts root, with `/` between plain names; what a job reports must have the job's uuid as one of its folders
+(`jobs/<uuid>/segments/...`, `jobs/<uuid>/checkpoints/...`). Nothing here starts a process or speaks HTTP.
+"""
+
+from rewardsmith.config import ServerConfig
+from rewardsmith.store.artifacts import Artifacts
+from rewardsmith.store.completions import Completions
+from rewardsmith.store.database import Database
+from rewardsmith.store.datasets import Datasets
+from rewardsmith.store.registry import Identity, Registry
+from rewardsmith.store.runs import Claim, LiveJob, Runs
+from rewardsmith.store.telemetry import StepRecord, Telemetry
+
+__all__ = ["Claim", "Identity", "LiveJob", "StepRecord", "Store"]
+
+
+class Store:
+    """Open database and files; safe to use from many threads. Opening brings the schema up to date."""
+
+    def __init__(
+        self, url: str, artifacts_url: str, *, max_dataset_bytes: int = ServerConfig.max_dataset_bytes
+    ) -> None:
+        self._database = Database(url)
+        self._database.migrate()
+        self.artifacts = Artifacts(artifacts_url)
+        self.registry = Registry(self._database, self.artifacts)
+        self.datasets = Datasets(self._database, self.artifacts, max_dataset_bytes)
+        self.runs = Runs(self._database, self.artifacts)
+        self.telemetry = Telemetry(self._database)
+        self.completions = Completions(self._database, self.artifacts)
+
+    def close(self) -> None:
+        self._database.close()

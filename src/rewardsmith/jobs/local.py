@@ -1,0 +1,175 @@
+"""Job processes on this machine: started in a session of their own, recognised again by pid and start time.
+
+`Launcher` is what the dispatcher needs of any place that runs jobs. A job process outlives the server that started
+it, so a handle is text that the store keeps and a later dispatcher understands. The ticket, with the job's token,
+goes in by standard input: neither arguments nor environment hold a secret. Output goes to the attempt's log file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+# A job gets these variables and no others: the server's environment may hold secrets that are not the job's.
+# HF_* brings the access token for gated base models, which the job loads itself.
+PASSED_ON = {
+    *("PATH", "HOME", "LANG", "TMPDIR", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME"),
+    *("OMP_NUM_THREADS", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"),
+    *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
+}
+PASSED_ON_PREFIXES = ("LC_", "HF_", "CUDA_", "NVIDIA_", "NCCL_")
+TAIL_BYTES = 64 * 1024
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """One attempt of a job and the way to the server. `token` opens the journal of this job and fence alone."""
+
+    url: str
+    uuid: str
+    fence: int
+    attempt: int
+    token: str = field(repr=False)
+
+    def line(self) -> bytes:
+        content = {"url": self.url, "uuid": self.uuid, "fence": self.fence, "token": self.token}
+        return json.dumps(content).encode() + b"\n"
+
+
+class Launcher(Protocol):
+    def start(self, ticket: Ticket) -> str:
+        """Starts the process of an attempt and returns its handle. Raises OSError."""
+
+    def alive(self, handle: str) -> bool: ...
+
+    def exit_code(self, handle: str) -> int | None:
+        """Of a process that ended; None when it is unknown, as for one that another dispatcher started."""
+
+    def stop(self, handle: str, grace_seconds: float) -> None:
+        """Asks the process to end, waits, then kills it and all that it left behind."""
+
+    def last_words(self, uuid: str, attempt: int) -> str:
+        """Where the log of an attempt is and how it ends, for an error message."""
+
+
+def log_file(home: Path, uuid: str, attempt: int) -> Path:
+    return home / "logs" / uuid / f"attempt-{attempt}.log"
+
+
+def tail(path: Path, limit: int = TAIL_BYTES) -> str:
+    """The last `limit` bytes of a text file from the first whole line on; empty when there is no such file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - limit))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    return text.partition("\n")[2] if size > limit else text
+
+
+class LocalLauncher:
+    """Starts job processes as children. `command` is the program that reads the ticket."""
+
+    def __init__(
+        self, home: Path, command: Sequence[str] = (sys.executable, "-P", "-m", "rewardsmith.jobs.entry")
+    ) -> None:
+        self._home = home
+        self._command = list(command)
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, ticket: Ticket) -> str:
+        log = log_file(self._home, ticket.uuid, ticket.attempt)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            child = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=_environment(),
+                cwd=self._home,
+                start_new_session=True,
+            )
+        handle = f"{child.pid}:{psutil.Process(child.pid).create_time():.2f}"
+        self._children[handle] = child
+        assert child.stdin is not None
+        try:
+            with child.stdin as pipe:
+                pipe.write(ticket.line())
+        except BrokenPipeError:
+            pass  # It died before it read a word; the dispatcher finds out from `alive`.
+        return handle
+
+    def alive(self, handle: str) -> bool:
+        return self._running(handle) is not None
+
+    def exit_code(self, handle: str) -> int | None:
+        child = self._children.get(handle)
+        return child.poll() if child else None
+
+    def stop(self, handle: str, grace_seconds: float) -> None:
+        if process := self._running(handle):
+            process.terminate()
+            deadline = time.monotonic() + grace_seconds
+            while self.alive(handle) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+            self._kill_session(handle)
+            while self.alive(handle):
+                time.sleep(POLL_SECONDS)
+        else:
+            self._kill_session(handle)
+
+    def last_words(self, uuid: str, attempt: int) -> str:
+        log = log_file(self._home, uuid, attempt)
+        lines = tail(log, 4096).strip().splitlines()[-15:]
+        return f"log {log}, last lines:\n" + "\n".join(lines) if lines else f"log {log} is empty"
+
+    def _running(self, handle: str) -> psutil.Process | None:
+        child = self._children.get(handle)
+        if child is not None and child.poll() is not None:
+            return None
+        pid, started = _parsed(handle)
+        try:
+            process = psutil.Process(pid)
+            # The start time is computed from the boot time, which shifts a little when the clock is set.
+            same = abs(process.create_time() - started) < 1.0
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.NoSuchProcess:
+            return None
+
+    def _kill_session(self, handle: str) -> None:
+        """Kills the job process and the members of its session, which outlive it when it was killed itself."""
+        leader, _ = _parsed(handle)
+        if psutil.pid_exists(leader) and not self.alive(handle):
+            return  # The pid is another process by now, and so is the session.
+        for pid in psutil.pids():
+            try:
+                if os.getsid(pid) == leader:
+                    psutil.Process(pid).kill()
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                continue
+
+
+def _parsed(handle: str) -> tuple[int, float]:
+    pid, _, started = handle.partition(":")
+    return int(pid), float(started)
+
+
+def _environment() -> dict[str, str]:
+    passed = {
+        name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
+    }
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    # Without PASSIVE, OpenMP threads that share their cores with the server spin away whole time slices.
+    return {"OMP_NUM_THREADS": str(cores), **passed, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}

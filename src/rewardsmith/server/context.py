@@ -1,0 +1,30 @@
+"""What routes work with: the store, the config and the key for presigned links, as FastAPI dependencies."""
+
+from __future__ import annotations
+
+from typing import Annotated, cast
+
+from fastapi import Depends
+from starlette.requests import HTTPConnection
+
+from rewardsmith.config import ServerConfig
+from rewardsmith.server.links import Links
+from rewardsmith.store import Store
+
+
+# Asynchronous, because FastAPI would run a plain function in a thread of its own for every request.
+async def _store(connection: HTTPConnection) -> Store:
+    return cast(Store, connection.app.state.store)
+
+
+async def _config(connection: HTTPConnection) -> ServerConfig:
+    return cast(ServerConfig, connection.app.state.config)
+
+
+async def _links(connection: HTTPConnection) -> Links:
+    return cast(Links, connection.app.state.links)
+
+
+StoreOf = Annotated[Store, Depends(_store)]
+ConfigOf = Annotated[ServerConfig, Depends(_config)]
+LinksOf = Annotated[Links, Depends(_links)]

@@ -1,0 +1,1 @@
+"""Alembic's scripts, run by `Database.migrate`. A test fails when they and `schema.py` differ."""

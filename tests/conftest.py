@@ -1,0 +1,22 @@
+"""Fixtures that more than one folder of tests uses."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import Server
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No test talks to the server, or reads the home, of whoever runs the tests."""
+    for name in ("REWARDSMITH_BASE_URL", "REWARDSMITH_API_TOKEN", "PREDIBASE_GATEWAY", "PREDIBASE_API_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("REWARDSMITH_HOME", str(tmp_path / "no-home"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`rewardsmith serve` in a process of its own, with a dispatcher and an empty home."""
+    with Server(tmp_path_factory.mktemp("server") / "home") as running:
+        yield running
