@@ -56,7 +56,17 @@ class Section(BaseModel):
 
     def to_wire(self) -> dict[str, Any]:
         """The fields that were set, as the HTTP API spells them (contract 1.6: snake_case but for two names)."""
+        self._count_changes_inside()
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)
+
+    def _count_changes_inside(self) -> None:
+        """A section left at its default counts as set once something in it was: `config.reward_fns["f"] = f`."""
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            if isinstance(section, Section):
+                section._count_changes_inside()
+                if section.model_fields_set:
+                    self.model_fields_set.add(name)
 
 
 def _nearest(name: str, known: list[str]) -> str | None:

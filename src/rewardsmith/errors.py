@@ -17,7 +17,8 @@
         ├── DeliveryError               the engine does not run the adapter that was delivered to it
         ├── RewardPoolError             reward functions cannot be loaded or keep failing
         ├── ServerLost                  the server stayed away longer than the job waits
-        └── LeaseLost                   another attempt owns this job now; stop at once
+        ├── LeaseLost                   another attempt owns this job now; stop at once
+        └── JobCanceled                 the user canceled the job; end it at once
 
 A user of the SDK writes:
 
@@ -123,4 +124,8 @@ class ServerLost(JobError):
 
 
 class LeaseLost(JobError):
+    pass
+
+
+class JobCanceled(JobError):
     pass

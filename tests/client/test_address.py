@@ -50,7 +50,7 @@ def test_the_gateway_of_the_original_is_read_when_ours_is_not_set(monkeypatch: p
 
 
 def test_no_token_says_where_one_comes_from():
-    with pytest.raises(ConfigError, match=r"api_token=.*REWARDSMITH_API_TOKEN.*rewardsmith serve.*owner-token"):
+    with pytest.raises(ConfigError, match=r"owner-token.*rewardsmith serve.*api_token=.*REWARDSMITH_API_TOKEN"):
         find_address()
 
 

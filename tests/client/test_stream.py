@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from scripted import Answer, ScriptedServer, job, scripted_server, sse, step
+from client.scripted import Answer, ScriptedServer, job, scripted_server, sse, step
 
 from rewardsmith import wire
 from rewardsmith.client.address import Address
@@ -95,7 +95,9 @@ def test_steps_that_a_restart_repeats_are_told_again(server: ScriptedServer):
     restarted = ("event", event(7, "restarted", "attempt 2 goes on after step 1", step=1), "1.7")
     server.on(
         ROUTE,
-        stream(("step", step(1), "1.0"), ("step", step(2), "2.0"), restarted, ("step", step(2), "2.7"), declared=10_000),
+        stream(
+            ("step", step(1), "1.0"), ("step", step(2), "2.0"), restarted, ("step", step(2), "2.7"), declared=10_000
+        ),
         stream(restarted, ("step", step(2), "2.7"), ("step", step(3), "3.7"), ("job", job("completed"), "3.7")),
     )
     assert [e.step for e in events(server) if isinstance(e, Step)] == [1, 2, 2, 3]

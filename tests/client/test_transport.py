@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from scripted import Answer, ScriptedServer, scripted_server
+from client.scripted import Answer, ScriptedServer, scripted_server
 
 from rewardsmith import wire
 from rewardsmith.client.address import Address

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
-from scripted import job, step
+from client.scripted import job, step
 
 from rewardsmith import wire
 from rewardsmith.client import view
@@ -24,8 +24,8 @@ def a_step(number: int, **means: float) -> Step:
     return Step.model_validate(step(number, **means))
 
 
-def an_event(kind: str, message: str, number: int = 1) -> wire.JobEvent:
-    return wire.JobEvent(id=number, at="2026-01-01T00:00:00Z", kind=kind, message=message)
+def an_event(kind: str, message: str, step: int | None = None) -> wire.JobEvent:
+    return wire.JobEvent(id=1, at="2026-01-01T00:00:00Z", kind=kind, message=message, step=step)
 
 
 def drawn(*events: Event, terminal: bool = False, begin: str = "training", width: int = 100) -> list[str]:
@@ -43,8 +43,8 @@ def drawn(*events: Event, terminal: bool = False, begin: str = "training", width
 def test_a_log_file_gets_one_line_for_each_step():
     lines = drawn(a_job("training", totalSteps=200), a_step(12, zeta=0.5, alpha=0.25), a_step(13, zeta=1.0))
     assert lines[1:] == [
-        "step 12/200  total_reward 0.7500  total_reward_std 0.5000  zeta 0.5000  alpha 0.2500",
-        "step 13/200  total_reward 1.0000  total_reward_std 0.5000  zeta 1.0000  alpha --",
+        "step  12/200  total_reward 0.7500  total_reward_std 0.5000  zeta 0.5000  alpha 0.2500",
+        "step  13/200  total_reward 1.0000  total_reward_std 0.5000  zeta 1.0000  alpha --",
     ]
 
 
@@ -102,6 +102,31 @@ def test_what_happens_to_a_run_is_told():
         "The server answers again.",
         "Job errored after step 31.",
     ]
+
+
+def test_a_watcher_who_comes_late_reads_the_timeline_at_the_steps_it_belongs_to():
+    lines = drawn(
+        an_event("checkpoint", "checkpoint 1", step=2),
+        an_event("revision", "reward revision 2 from step 3", step=3),
+        an_event("checkpoint", "checkpoint 2", step=4),
+        *(a_step(number) for number in (1, 2, 3)),
+        a_job("errored", step=3),
+    )
+    order = [line.split("  ")[0] for line in lines[1:]]
+    assert order == [
+        "step 1/3",
+        "step 2/3",
+        "checkpoint 1",
+        "reward revision 2 from step 3",
+        "step 3/3",
+        "checkpoint 2",
+        "Job errored after step 3.",
+    ]
+
+
+def test_a_pause_is_told_though_its_step_is_not():
+    lines = drawn(an_event("paused", "too many errors", step=1), a_job("training", pausedReason="too many errors"))
+    assert "too many errors" in lines
 
 
 def test_held_out_scores_are_shown_also_before_the_first_step():

@@ -66,8 +66,8 @@ def _find_token(api_token: str | None, url: str) -> tuple[str, str]:
         raise ConfigError(f"the owner token in {kept} cannot be read: {error.strerror}") from None
     if not token:
         raise ConfigError(
-            f"no API token: pass api_token=... or set {TOKEN_VARIABLES[0]}. A server started here with "
-            f"`rewardsmith serve` makes one and keeps it in {kept}"
+            f"there is no API token in {kept}, so no server was started here yet: run `rewardsmith serve`. "
+            f"For another server pass api_token=... or set {TOKEN_VARIABLES[0]}"
         )
     return token, f"the file {kept}"
 

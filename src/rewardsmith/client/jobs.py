@@ -104,7 +104,7 @@ class Jobs:
         return stream.follow(self._http, self._uuid(job_ref))
 
     def cancel(self, job: JobRef) -> None:
-        """End the job at once; its version gets no adapter."""
+        """End the job at once; of its adapter only the checkpoints that were saved are left."""
         self._http.send("POST", f"{self._path(job)}/cancel")
 
     def stop(self, job: JobRef) -> None:

@@ -109,6 +109,7 @@ class JobView:
                 self._paused = event.paused_reason
                 self._enter_status(event.status, event.created_at)
                 if event.status in wire.TERMINAL:
+                    self._show_events()
                     self._say(*_ending(event))
             case wire.JobEvent():
                 self._held_back.append(event)
@@ -178,10 +179,11 @@ class JobView:
 
     def _show_events(self) -> None:
         """Those whose place among the steps has come; the stream tells the timeline ahead of the steps."""
+        no_step_will_come = self._paused is not None or self._status in wire.TERMINAL
         for event in list(self._held_back):
             # A revision is announced above its first step, everything else below the step it belongs to.
             place = (event.step or 0) - (event.kind == "revision")
-            if place <= self._step or self._status in wire.TERMINAL:
+            if place <= self._step or no_step_will_come:
                 self._held_back.remove(event)
                 self._show_event(event)
 

@@ -134,7 +134,7 @@ def rows(split: Split, count: int, seed: int = 0, three_numbers: float = 0.4) ->
     return made
 
 
-def format_reward(prompt: str, completion: str, example: dict[str, Any]) -> float:
+def format_reward(prompt: str, completion: str, example: dict) -> float:
     """1 for exactly one think block, a line break and an answer block at the end of the completion."""
     import re
 
@@ -142,7 +142,7 @@ def format_reward(prompt: str, completion: str, example: dict[str, Any]) -> floa
     return float(bool(re.match(rf"<think>{thought}</think>\n<answer>.*</answer>$", completion, re.DOTALL)))
 
 
-def equation_reward(prompt: str, completion: str, example: dict[str, Any]) -> float:
+def equation_reward(prompt: str, completion: str, example: dict) -> float:
     """1 if the first answer block holds an expression in + - * / that uses each number once and equals the target."""
     import ast
     import operator

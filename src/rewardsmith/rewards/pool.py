@@ -123,8 +123,9 @@ class RewardPool:
             raise
 
     def close(self) -> None:
-        """Kill the workers and all they started, remove their files. More than once does no harm."""
-        self._release()
+        """Wait for a `score` that runs, kill the workers and all they started, remove their files."""
+        with self._turns:
+            self._release()
 
     def __enter__(self) -> Self:
         self.start()
@@ -142,7 +143,10 @@ class RewardPool:
         with self._turns:
             self._groups, self._examples = groups, [json.dumps(group.example) for group in groups]
             self._queue = deque(
-                _Call(g, c, f) for g, group in enumerate(groups) for c in range(len(group.completions)) for f in functions
+                _Call(g, c, f)
+                for g, group in enumerate(groups)
+                for c in range(len(group.completions))
+                for f in functions
             )
             self._scores, self._failed_starts, wanted = {}, [], len(self._queue)
             try:
@@ -152,14 +156,17 @@ class RewardPool:
                     self._hand_out()
                     self._turn()
             finally:
-                for worker in [worker for worker in self._workers if worker.waiting]:
-                    self._remove(worker)
+                for worker in [worker for worker in self._workers if worker.waiting or worker.done]:
+                    self._remove(worker)  # left in the middle by an exception
             return [
-                [{self.functions[f].name: self._scores[g, c, f] for f in functions} for c in range(len(group.completions))]
+                [
+                    {self.functions[f].name: self._scores[g, c, f] for f in functions}
+                    for c in range(len(group.completions))
+                ]
                 for g, group in enumerate(groups)
             ]
 
-    # ---- workers ------------------------------------------------------------------------------------------------------
+    # ---- workers ----------------------------------------------------------------------------------------------------
 
     def _spawn(self) -> None:
         if not self._release.alive:
@@ -214,7 +221,7 @@ class RewardPool:
             seconds = self.limits.load_seconds if worker.to_load else self.limits.call_seconds
             self._lost(worker, "timeout", f"no result after {seconds:g} s\n{process.stack()}".strip())
 
-    # ---- calls --------------------------------------------------------------------------------------------------------
+    # ---- calls ------------------------------------------------------------------------------------------------------
 
     def _hand_out(self) -> None:
         for worker in self._workers:

@@ -1,8 +1,9 @@
 """One worker process seen from outside: starting it, frames out and in, how it ended, killing it.
 
-Nothing that comes from the worker is believed: every frame is checked, and a frame that breaks the protocol marks the
-worker as broken. This starts the process and is the place where a sandbox closes around it; `pool` decides which calls
-go to which worker and what a death means.
+Nothing that comes from the worker is believed: every frame is checked, and one that breaks the protocol marks the
+worker as broken. A worker is bounded in time, memory, output and environment, and can be killed with all it started;
+it runs as the same user, so that user's files, processes and network are open to it. `pool` decides which calls go to
+which worker and what a death means.
 """
 
 from __future__ import annotations
@@ -100,10 +101,10 @@ class WorkerProcess:
         self._incoming = bytearray()
         self._stopped = False
 
-    # ---- frames -------------------------------------------------------------------------------------------------------
+    # ---- frames -----------------------------------------------------------------------------------------------------
 
     def load(self, functions: list[tuple[str, str]]) -> None:
-        """Send limits and (name, source) pairs: one result says that the worker is up, one follows for each function."""
+        """Send limits and (name, source) pairs. One result says that the worker is up, then one comes per function."""
         limits = asdict(self.limits)
         bounds = {name: limits[name] for name in ("memory_bytes", "file_bytes", "open_files")}
         order = {"limits": bounds, "output_bytes": self.limits.output_bytes, "functions": functions}
@@ -131,13 +132,14 @@ class WorkerProcess:
             except BlockingIOError:
                 return
             except BrokenPipeError:
-                return  # `receive` finds out that it is gone
+                self._outgoing = memoryview(b"")  # the end of the process, or the deadline, says the rest
+                return
             self._outgoing = self._outgoing[written:]
             self.clock = time.monotonic()
 
     def receive(self) -> list[Result]:
         """The results that have come. Sets `broken` when the channel has ended or something else came through it."""
-        while self.broken is None:
+        for _ in range(16):  # a worker that writes without end must not keep this process here
             try:
                 data = os.read(self.result_fd, 65536)
             except BlockingIOError:
@@ -145,6 +147,7 @@ class WorkerProcess:
             self._incoming += data
             if not data:
                 self.broken = "closed"
+                break
         results = []
         while result := self._next_result():
             results.append(result)
@@ -181,7 +184,7 @@ class WorkerProcess:
         self.outstanding -= 1
         return Result(worker.OUTCOMES[outcome], value, seconds, prints, error, bool(left_behind))
 
-    # ---- waiting, and what it writes past the capture -------------------------------------------------------------------
+    # ---- waiting, and what it writes past the capture ---------------------------------------------------------------
 
     def register(self, selector: selectors.BaseSelector) -> None:
         selector.register(self.result_fd, selectors.EVENT_READ)
@@ -205,11 +208,12 @@ class WorkerProcess:
     def stack(self) -> str:
         """Where the Python code stands now, innermost frame first; empty when the worker does not answer."""
         self.drain()
-        self.log_tail = b""
+        self.log_tail = before = b""
         os.kill(self.pid, signal.SIGUSR2)
         give_up = time.monotonic() + 0.05
-        while b"\n" not in self.log_tail.partition(b"first):\n")[2] and time.monotonic() < give_up:
-            time.sleep(0.001)
+        while (not before or self.log_tail != before) and time.monotonic() < give_up:
+            before = self.log_tail
+            time.sleep(0.002)
             self.drain()
         return self._user_lines()
 
@@ -218,7 +222,7 @@ class WorkerProcess:
         lines = self.log_tail.decode("utf-8", "replace").strip().splitlines()
         return "\n".join(line for line in lines if worker.__file__ not in line)[-worker.KEPT_BYTES :]
 
-    # ---- the end ------------------------------------------------------------------------------------------------------
+    # ---- the end ----------------------------------------------------------------------------------------------------
 
     def has_ended(self) -> bool:
         return self._status() is not None

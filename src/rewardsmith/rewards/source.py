@@ -18,8 +18,8 @@ import io
 import linecache
 import sys
 import tokenize
-from collections.abc import Callable, Iterator
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 MAX_SOURCE_BYTES = 256 * 1024
@@ -27,8 +27,9 @@ PARAMETERS = "(prompt, completion, example)"
 
 # Interactive prompts put names of their own among the builtins; a worker has none of them.
 _BUILTINS = set(dir(builtins)) - {"_", "display", "get_ipython", "__IPYTHON__"}
-# Names that the compiler reads in class bodies.
-_IMPLICIT = {"__annotations__", "__conditional_annotations__"}
+# Names that the compiler reads in class bodies, and the one that every namespace has.
+_IMPLICIT = {"__annotations__", "__conditional_annotations__", "__builtins__"}
+_MISSING = object()
 _STRING_TOKENS = {"STRING", "FSTRING_MIDDLE", "TSTRING_MIDDLE"}
 
 
@@ -48,56 +49,27 @@ class Problem(NamedTuple):
 
 
 def source_of(function: Callable[..., Any]) -> str:
-    """The text of a plain function, moved to the left margin. Raises SourceError if text alone would not be it."""
-    _require_plain(function)
-    assert isinstance(function, FunctionType)
-    name = function.__code__.co_name
+    """The text of a plain function, moved to the left margin. Raises SourceError if that text cannot stand alone."""
+    plain = _plain(function)
+    name = plain.__code__.co_name
     try:
-        text = _dedented(inspect.getsource(function))
+        text = _dedented(inspect.getsource(plain))
     except (OSError, SyntaxError, tokenize.TokenError):
         raise SourceError(
             f"the source of {name!r} cannot be read: it was typed at a prompt or made by exec, or its file has "
             "changed; put it into a file and import it, or use RewardFunction.from_source(text)"
         ) from None
-    try:
-        tree = ast.parse(text)
-        code = _compiled(tree, "<reward function>")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return text  # check() says what is wrong with it, and where
-    if [getattr(node, "name", None) for node in tree.body] != [name]:
-        raise SourceError(f"the file of {name!r} has changed since it was imported; import it again")
-    problems = [
-        Problem(line, f"`{used}` comes from outside the function", _fix_for_value(used, outer[used]))
-        for outer in [_meanings_from_outside(function)]
-        for used, line in _unbound_names(code)
-        if used in outer
-    ]
+    problems = _problems(text, _surroundings(plain))
     if problems:
         raise SourceError("\n".join(str(problem) for problem in problems))
+    if ast.parse(text).body[0].name != name:  # type: ignore[attr-defined]
+        raise SourceError(f"the file of {name!r} has changed since it was imported; import it again")
     return text
 
 
 def check(text: str) -> list[Problem]:
     """Everything that keeps `text` from being one reward function that stands alone, in the order of its lines."""
-    if len(text.encode(errors="replace")) > MAX_SOURCE_BYTES:
-        return [Problem(1, f"the source is longer than {MAX_SOURCE_BYTES // 1024} kB", "keep data in the dataset's rows")]
-    try:
-        tree = ast.parse(text)
-        code = _compiled(tree, "<reward function>")
-    except SyntaxError as error:
-        return [_syntax_problem(error)]
-    except (ValueError, RecursionError, MemoryError) as error:
-        return [Problem(1, f"this is not source text that Python can read ({error})", "send plain, less nested text")]
-    functions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    if not functions:
-        return [Problem(1, "there is no function", f"write one, `def reward{PARAMETERS}`")]
-    problems = [
-        *_problems_of_place(tree, functions[0]),
-        *_problems_of_signature(functions[0]),
-        *_problems_of_kind(functions[0], code),
-        *_problems_of_names(code),
-    ]
-    return sorted(problems, key=lambda problem: problem.line)
+    return _problems(text, {})
 
 
 def compile_function(text: str, filename: str) -> Callable[..., Any]:
@@ -116,10 +88,10 @@ def compile_function(text: str, filename: str) -> Callable[..., Any]:
     return function
 
 
-# ---- taking the text --------------------------------------------------------------------------------------------------
+# ---- taking the text ------------------------------------------------------------------------------------------------
 
 
-def _require_plain(function: object) -> None:
+def _plain(function: object) -> FunctionType:
     name = getattr(function, "__name__", None) or type(function).__name__
     write = f"write a plain `def {name if str(name).isidentifier() else 'reward'}{PARAMETERS}`"
     if isinstance(function, functools.partial):
@@ -137,6 +109,7 @@ def _require_plain(function: object) -> None:
     if function.__code__.co_name == "<lambda>":
         line = function.__code__.co_firstlineno
         raise SourceError(f"line {line} of its file: a lambda has no text of its own; write a `def` with a name")
+    return function
 
 
 def _dedented(text: str) -> str:
@@ -152,37 +125,61 @@ def _dedented(text: str) -> str:
     return "".join(line if row in inside_string else line.removeprefix(margin) for row, line in rows)
 
 
-def _meanings_from_outside(function: FunctionType) -> dict[str, object]:
-    """What the text alone would lose without a free name to show for it: variables of an enclosing function, and
-    builtins that the function's module has replaced."""
-    replaced = {
+def _surroundings(function: FunctionType) -> dict[str, object]:
+    """What names mean around the function, other than the builtins do: none of it travels."""
+    found = {
         name: value
         for name, value in function.__globals__.items()
-        if name in _BUILTINS and not name.startswith("__") and value is not getattr(builtins, name)
+        if name not in _IMPLICIT and value is not getattr(builtins, name, _MISSING)
     }
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        if name != function.__code__.co_name:
-            replaced[name] = _content(cell)
-    return replaced
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:  # not assigned yet
+            found[name] = None
+    return found
 
 
-def _content(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
-
-
-def _fix_for_value(name: str, value: object) -> str:
+def _fix_for(name: str, value: object) -> str:
+    """How to have `name` inside, knowing what it is outside."""
     if isinstance(value, ModuleType):
-        plain = f"import {value.__name__}"
-        return f"write `{plain}` inside it" if value.__name__ == name else f"write `{plain} as {name}` inside it"
+        alias = "" if value.__name__ == name else f" as {name}"
+        return f"write `import {value.__name__}{alias}` inside it"
+    home, original = getattr(value, "__module__", None), getattr(value, "__name__", name)
+    if isinstance(home, str) and home.partition(".")[0] in sys.stdlib_module_names:
+        if getattr(sys.modules.get(home), original, None) is value:
+            alias = "" if original == name else f" as {name}"
+            return f"write `from {home} import {original}{alias}` inside it"
     if callable(value):
         return f"define `{name}` inside it"
     return f"give `{name}` its value inside it, or take it from `example`"
 
 
-# ---- judging the text -------------------------------------------------------------------------------------------------
+# ---- judging the text -----------------------------------------------------------------------------------------------
+
+
+def _problems(text: str, surroundings: Mapping[str, object]) -> list[Problem]:
+    if len(text.encode(errors="replace")) > MAX_SOURCE_BYTES:
+        return [
+            Problem(1, f"the source is longer than {MAX_SOURCE_BYTES // 1024} kB", "keep data in the dataset's rows")
+        ]
+    try:
+        tree = ast.parse(text)
+        code = _compiled(tree, "<reward function>")
+    except SyntaxError as error:
+        return [_syntax_problem(error)]
+    except (ValueError, RecursionError, MemoryError) as error:
+        return [Problem(1, f"this is not source text that Python can read ({error})", "send plain, less nested text")]
+    functions = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    if not functions:
+        return [Problem(1, "there is no function", f"write one, `def reward{PARAMETERS}`")]
+    problems = [
+        *_problems_of_place(tree, functions[0]),
+        *_problems_of_signature(functions[0]),
+        *_problems_of_kind(functions[0], code),
+        *_problems_of_names(code, surroundings),
+    ]
+    return sorted(problems, key=lambda problem: problem.line)
 
 
 def _compiled(tree: ast.Module, filename: str) -> CodeType:
@@ -238,22 +235,27 @@ def _problems_of_kind(function: ast.FunctionDef | ast.AsyncFunctionDef, code: Co
     own = next(part for part in _parts(code) if part.co_name == function.name)
     if own.co_flags & inspect.CO_GENERATOR:
         lines = (_line(step, own) for step in dis.get_instructions(own) if step.opname == "YIELD_VALUE")
-        yield Problem(next(lines, function.lineno), "`yield` makes the function a generator, which is not a number", "use `return`")
+        yield Problem(
+            next(lines, function.lineno),
+            "`yield` makes the function a generator, which is not a number",
+            "use `return`",
+        )
 
 
-def _problems_of_names(code: CodeType) -> Iterator[Problem]:
-    known = sorted(_BUILTINS | _local_names(code))
+def _problems_of_names(code: CodeType, surroundings: Mapping[str, object]) -> Iterator[Problem]:
+    known = _BUILTINS | {name for part in _parts(code) for name in (*part.co_varnames, *part.co_cellvars)}
     seen = set()
     for name, line in _unbound_names(code):
-        if name in _BUILTINS or name in seen:
+        if name in seen or (name in _BUILTINS and name not in surroundings):
             continue
         seen.add(name)
+        if name in surroundings:
+            yield Problem(line, f"`{name}` comes from outside the function", _fix_for(name, surroundings[name]))
+            continue
+        near = difflib.get_close_matches(name, known - {name}, n=1, cutoff=0.75)
+        fix = f"did you mean `{near[0]}`? Else import or define it inside" if near else "import or define it inside"
         if name in sys.stdlib_module_names:
             fix = f"write `import {name}` inside it"
-        elif near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
-            fix = f"did you mean `{near[0]}`? Else import or define it inside"
-        else:
-            fix = "import or define it inside"
         yield Problem(line, f"`{name}` is not defined inside the function", fix)
 
 
@@ -280,7 +282,3 @@ def _parts(code: CodeType) -> Iterator[CodeType]:
 
 def _line(step: dis.Instruction, code: CodeType) -> int:
     return (step.positions and step.positions.lineno) or code.co_firstlineno
-
-
-def _local_names(code: CodeType) -> set[str]:
-    return {name for part in _parts(code) for name in (*part.co_varnames, *part.co_cellvars) if name.isidentifier()}

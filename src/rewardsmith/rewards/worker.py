@@ -31,6 +31,8 @@ OUTCOMES = ("ok", "not_a_number", "exception", "out_of_memory", "output_limit", 
 KEPT_BYTES = 4096  # of the prints, and of the error text, of one call
 MAX_TEXT_BYTES = KEPT_BYTES + 100  # with the remark that something was cut
 
+STDERR = 2
+
 Verdict = tuple[str, float, str]  # outcome, value, error text
 
 
@@ -38,8 +40,8 @@ def main(request_fd: int, result_fd: int, parent: int) -> None:
     _die_with(parent)
     for fd in (request_fd, result_fd):
         os.set_inheritable(fd, False)
-    faulthandler.enable(sys.__stderr__)
-    faulthandler.register(signal.SIGUSR2, sys.__stderr__, all_threads=False)
+    faulthandler.enable(STDERR)
+    faulthandler.register(signal.SIGUSR2, STDERR, all_threads=False)
     order = _read_frame(request_fd)
     _limit_resources(**order["limits"])
     prints = _Prints(order["output_bytes"])
@@ -148,7 +150,11 @@ def judge(answer: object) -> Verdict:
         try:
             answer = answer.item()  # type: ignore[attr-defined]
         except Exception as error:
-            return "not_a_number", 0.0, f"returned a {kind.__name__} that is not one number ({_cut(str(error)).decode()})"
+            return (
+                "not_a_number",
+                0.0,
+                f"returned a {kind.__name__} that is not one number ({_cut(str(error)).decode()})",
+            )
     # The methods of the base classes: a subclass may have its own idea of its value.
     if issubclass(type(answer), float):
         number = float.__float__(answer)  # type: ignore[arg-type]
@@ -178,7 +184,7 @@ class _Prints(io.RawIOBase):
     def begin(self) -> None:
         """Start a call with nothing printed. The streams are new each time: the last call may have closed its own."""
         self.size, self.kept = 0, bytearray()
-        sys.stdout = sys.stderr = io.TextIOWrapper(self, "utf-8", "backslashreplace", write_through=True)  # type: ignore[type-var]
+        sys.stdout = sys.stderr = io.TextIOWrapper(self, "utf-8", "backslashreplace", write_through=True)
 
     def text(self) -> bytes:
         """At most MAX_TEXT_BYTES of UTF-8."""
@@ -286,6 +292,5 @@ if __name__ == "__main__":
     try:
         main(*map(int, sys.argv[1:4]))
     except BaseException:
-        traceback.print_exc(file=sys.__stderr__)
-        sys.__stderr__.flush()
+        os.write(STDERR, traceback.format_exc().encode(errors="replace"))
         os._exit(1)

@@ -44,6 +44,7 @@ def create_app(config: ServerConfig, store: Store) -> FastAPI:
             RewardsmithError: boundary.refuse_rewardsmith_error,
             HTTPException: boundary.refuse_http_error,
             RequestValidationError: boundary.refuse_invalid,
+            UnicodeEncodeError: boundary.refuse_unpaired_surrogate,
         },
     )
     app.state.store = store

@@ -76,11 +76,12 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, error: Rewardsmith
         await answer(scope, receive, send)
 
 
-async def _caller(connection: HTTPConnection) -> Identity:
+_documented = HTTPBearer(auto_error=False, description="An API token")
+
+
+async def _caller(connection: HTTPConnection, _: Annotated[object, Security(_documented)]) -> Identity:
+    """`Authenticate` has decided already; HTTPBearer is here for the OpenAPI document."""
     return cast(Identity, connection.scope[IDENTITY])
 
 
-_documented = HTTPBearer(auto_error=False, description="An API token")
-
-# The caller of a route. `Authenticate` has decided already; HTTPBearer is here for the OpenAPI document.
-Caller = Annotated[Identity, Depends(_caller), Security(_documented)]
+Caller = Annotated[Identity, Depends(_caller)]

@@ -70,6 +70,11 @@ async def refuse_invalid(request: Request, error: Exception) -> JSONResponse:
     return refusal(request.scope, 422, "; ".join(sentences) + more)
 
 
+async def refuse_unpaired_surrogate(request: Request, error: Exception) -> JSONResponse:
+    """JSON can spell half a character, which no database or file takes."""
+    return refusal(request.scope, 400, f"a text in the request is not valid Unicode: {error}")
+
+
 def _internal(scope: Scope, error: BaseException) -> JSONResponse:
     reference = secrets.token_hex(4)
     log.error("reference %s: %s failed", reference, scope["path"], exc_info=error)
@@ -139,7 +144,8 @@ class BodyLimit:
             message = await receive()
             size += len(message.get("body", b""))
             if size > limit:
-                await _drain(receive)
+                if message.get("more_body"):
+                    await _drain(receive)
                 raise HTTPException(413, too_large)
             return message
 

@@ -78,7 +78,6 @@ async def server_sent(store: Store, uuid: str, cursor: Cursor, closing: threadin
 
 async def stream_metrics(websocket: WebSocket, store: Store, uuid: str, closing: threading.Event) -> None:
     """One wire.StreamMessage per step and a last one with `is_completed`; the stock SDK drops steps it has seen."""
-    await run_in_threadpool(store.runs.get, uuid)
     await websocket.accept()
     cursor = Cursor()
     try:

@@ -26,7 +26,7 @@ from fastapi import FastAPI
 from rewardsmith.config import ServerConfig
 from rewardsmith.errors import ConfigError, Conflict
 from rewardsmith.jobs.dispatcher import Dispatcher
-from rewardsmith.jobs.local import LocalLauncher
+from rewardsmith.jobs.local import Launcher, LocalLauncher
 from rewardsmith.server.app import create_app
 from rewardsmith.store import Store
 
@@ -36,8 +36,13 @@ log = logging.getLogger("rewardsmith.server")
 SHUTDOWN_SECONDS = 3
 
 
-def serve(config: ServerConfig, *, dispatcher: bool = True, allow_remote: bool = False) -> None:
-    """Serve until a signal. Port 0 takes a free one. Raises ConfigError or Conflict when it cannot start."""
+def serve(
+    config: ServerConfig, *, dispatcher: bool = True, allow_remote: bool = False, launcher: Launcher | None = None
+) -> None:
+    """Serve until a signal. Port 0 takes a free one; jobs are processes of this machine unless `launcher` is given.
+
+    Raises ConfigError or Conflict when it cannot start.
+    """
     _refuse_remote(config.host, allow_remote)
     with (
         _stop_on_signal() as stop,
@@ -56,13 +61,13 @@ def serve(config: ServerConfig, *, dispatcher: bool = True, allow_remote: bool =
             print(_greeting(config, allow_remote), flush=True)
             if dispatcher:
                 # This ends the jobs too. They report while they are being ended, so the listener goes down later.
-                _dispatcher(config, store, _url(config)).run(stop)
+                _dispatcher(config, store, _url(config), launcher).run(stop)
             else:
                 stop.wait()
 
 
-def dispatch(config: ServerConfig, url: str) -> None:
-    """Run only a dispatcher, for a server on `url` that uses the same home. Raises Conflict."""
+def dispatch(config: ServerConfig, url: str, *, launcher: Launcher | None = None) -> None:
+    """Run only a dispatcher, for a server on `url` that uses the same home. Raises ConfigError or Conflict."""
     with (
         _stop_on_signal() as stop,
         _home(config.home),
@@ -70,7 +75,7 @@ def dispatch(config: ServerConfig, url: str) -> None:
         _store(config) as store,
     ):
         print(f"Rewardsmith dispatcher runs jobs of {config.home} for {url}", flush=True)
-        _dispatcher(config, store, url).run(stop)
+        _dispatcher(config, store, url, launcher).run(stop)
 
 
 class _Server(uvicorn.Server):
@@ -120,10 +125,10 @@ class _Server(uvicorn.Server):
             self._stop.set()
 
 
-def _dispatcher(config: ServerConfig, store: Store, url: str) -> Dispatcher:
+def _dispatcher(config: ServerConfig, store: Store, url: str, launcher: Launcher | None) -> Dispatcher:
     return Dispatcher(
         store,
-        LocalLauncher(config.home),
+        launcher or LocalLauncher(config.home),
         url,
         lease_seconds=config.lease_seconds,
         max_attempts=config.max_attempts,

@@ -14,15 +14,17 @@ to the artifacts root, with `/` between plain names; what a job reports must hav
 """
 
 from rewardsmith.config import ServerConfig
+from rewardsmith.store.adapters import AdapterId
 from rewardsmith.store.artifacts import Artifacts
 from rewardsmith.store.completions import Completions
 from rewardsmith.store.database import Database
 from rewardsmith.store.datasets import Datasets
+from rewardsmith.store.jobqueue import Claim, LiveJob
 from rewardsmith.store.registry import Identity, Registry
-from rewardsmith.store.runs import Claim, LiveJob, Runs
+from rewardsmith.store.runs import Runs
 from rewardsmith.store.telemetry import StepRecord, Telemetry
 
-__all__ = ["Claim", "Identity", "LiveJob", "StepRecord", "Store"]
+__all__ = ["AdapterId", "Claim", "Identity", "LiveJob", "StepRecord", "Store"]
 
 
 class Store:

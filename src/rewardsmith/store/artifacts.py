@@ -24,19 +24,24 @@ CHUNK_BYTES = 2**20
 
 
 class Artifacts:
-    """Files under `url`. Every method raises ConfigError for a path that is not plain names."""
+    """Files under `url`. Methods raise ConfigError for a path that is not plain names.
+
+    `local_root` is the folder in which every path that `fetch` gives lies.
+    """
 
     def __init__(self, url: str) -> None:
         """Raises ConfigError for a URL that obstore does not know."""
         self.url = url
         parts = urlsplit(url)
-        self._root = Path(unquote(parts.path)) if parts.scheme == "file" else None
+        self._is_local = parts.scheme == "file"
         try:
-            if self._root is not None:
-                self._store: ObjectStore = LocalStore(self._root, automatic_cleanup=True, mkdir=True)
+            if self._is_local:
+                self.local_root = Path(unquote(parts.path))
+                self._store: ObjectStore = LocalStore(self.local_root, automatic_cleanup=True, mkdir=True)
             else:
                 self._store = from_url(url)
-                self._cache = tempfile.TemporaryDirectory(prefix="rewardsmith-")
+                self._copies = tempfile.TemporaryDirectory(prefix="rewardsmith-")  # goes with this object
+                self.local_root = Path(self._copies.name)
         except (BaseError, ValueError) as error:
             raise ConfigError(f"artifacts URL {url!r}: {str(error).splitlines()[0]}") from None
 
@@ -75,7 +80,8 @@ class Artifacts:
 
     def local_path(self, path: str) -> Path | None:
         """Where a file or folder lies on this machine's disk; None when the artifacts are elsewhere."""
-        return None if self._root is None else self._root / checked(path)
+        here = self.local_root / checked(path)
+        return here if self._is_local else None
 
     def fetch(self, path: str) -> Path:
         """A local file with the content: the file itself, or a copy in a bounded cache. Raises NotFound."""
@@ -84,7 +90,7 @@ class Artifacts:
             if not local.is_file():
                 raise NotFound(f"no artifact {path!r} under {self.url}")
             return local
-        copy = self.scratch() / path.replace("/", "+")
+        copy = self.local_root / checked(path).replace("/", "+")
         if not copy.exists():
             content = self.get(path)
             with tempfile.NamedTemporaryFile(dir=copy.parent, delete=False) as file:
@@ -95,12 +101,10 @@ class Artifacts:
         return copy
 
     def scratch(self) -> Path:
-        """A private local folder for files on their way in or out, on the disk of the artifacts where that is local."""
-        if self._root is not None:
-            folder = self._root / "scratch"
-            folder.mkdir(mode=0o700, exist_ok=True)
-            return folder
-        return Path(self._cache.name)
+        """A private local folder for files on their way in, on the disk of the artifacts where that is local."""
+        folder = self.local_root / "scratch"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
 
     def zip_folder(self, folder: str, file: BinaryIO) -> None:
         """Write a zip of every file under `folder`, names relative to it. Raises NotFound for an empty folder."""

@@ -49,7 +49,7 @@ class Registry:
             user_id = connection.scalar(select(users.c.id).where(users.c.username == OWNER))
             if user_id is None:
                 owner = {"uuid": str(uuid.uuid4()), "username": OWNER, "created_at": now()}
-                user_id = connection.execute(insert(users).values(owner)).inserted_primary_key[0]
+                user_id = connection.execute(insert(users).values(owner).returning(users.c.id)).scalar_one()
             connection.execute(delete(tokens).where(tokens.c.user_id == user_id, tokens.c.job_id.is_(None)))
             add_token(connection, token, user_id)
             return Identity(user_id, OWNER, "user")

@@ -6,38 +6,25 @@ ended answers it with Conflict. Every change of state appends to the timeline in
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from datetime import timedelta
 from typing import Any, Literal
+from uuid import uuid4
+
+from sqlalchemy import Connection, Row, insert, select, update
 
 from rewardsmith import wire
+from rewardsmith.errors import ConfigError, Conflict
+from rewardsmith.store import jobqueue, jobrows, reports, revisions
+from rewardsmith.store.adapters import AdapterId, find_adapter, find_repo, find_version
 from rewardsmith.store.artifacts import Artifacts
 from rewardsmith.store.database import Database
+from rewardsmith.store.datasets import dataset_path, find_dataset
+from rewardsmith.store.jobqueue import Claim, LiveJob
+from rewardsmith.store.schema import job_events, jobs, now, repos, users, versions
 
-
-@dataclass(frozen=True)
-class Claim:
-    """One attempt to run a job. `token` is the job's secret, told only here."""
-
-    uuid: str
-    fence: int
-    attempt: int
-    token: str
-
-
-@dataclass(frozen=True)
-class LiveJob:
-    """A job that a process should be running. `expired`: its lease ran out by the store's clock."""
-
-    uuid: str
-    status: str
-    fence: int
-    attempt: int
-    host: str
-    handle: str | None
-    lease_until: datetime
-    expired: bool
+REPEAT_WINDOW = timedelta(seconds=30)
 
 
 class Runs:
@@ -67,39 +54,102 @@ class Runs:
         `repo` and `dataset` are refs, `continue_from` an adapter id. A repeated request (see `find_repeat`) gives
         the first job. Raises NotFound, ConfigError, and Conflict for a key that was used with another body.
         """
-        raise NotImplementedError
+        with self._database.write() as connection:
+            repeated = _find_repeat(connection, user_id, idempotency_key, body_sha256)
+            if repeated is not None:
+                return jobrows.load(connection, repeated)
+            target, source = find_repo(connection, repo), find_dataset(connection, dataset)
+            tag = _next_tag(connection, target)
+            continued = AdapterId.parse(continue_from) if continue_from else None
+            version = {
+                "repo_id": target.id,
+                "tag": tag,
+                "base_model": base_model,
+                "description": description,
+                "user_id": user_id,
+            }
+            job = {
+                "user_id": user_id,
+                "repo_name": target.name,
+                "tag": tag,
+                "dataset_id": source.id,
+                "dataset_name": source.name,
+                "dataset_path": dataset_path(source.sha256),
+                "base_model": base_model,
+                "base_model_source": base_model_source,
+                "continues_id": find_version(connection, continued).id if continued else None,
+                "continue_from_path": find_adapter(connection, continued) if continued else None,
+                "description": description,
+                "idempotency_key": idempotency_key,
+                "body_sha256": body_sha256,
+            }
+            uuid = _insert(connection, version, job)
+            created_by = connection.scalar(select(users.c.username).where(users.c.id == user_id)) or ""
+            revisions.add(connection, jobrows.find(connection, uuid), params, functions, created_by)
+            return jobrows.load(connection, uuid)
 
     def find_repeat(self, user_id: int, idempotency_key: str | None, body_sha256: str | None) -> wire.Job | None:
         """The job an earlier request made: same key, or without a key the same body within 30 s and not yet ended.
 
         Raises Conflict for a key that came with another body.
         """
-        raise NotImplementedError
+        with self._database.read() as connection:
+            uuid = _find_repeat(connection, user_id, idempotency_key, body_sha256)
+            return None if uuid is None else jobrows.load(connection, uuid)
 
     def get(self, uuid: str) -> wire.Job:
         """`params` has the reward functions of the newest revision that was not refused. Raises NotFound."""
-        raise NotImplementedError
+        with self._database.read() as connection:
+            return jobrows.load(connection, uuid)
 
     def list(
         self, limit: int = 20, status: str | None = None, repo: str | None = None, after: str | None = None
     ) -> tuple[list[wire.Job], str | None]:
         """Newest first, and the cursor for `after`, None at the end."""
-        raise NotImplementedError
+        query = jobrows.described().order_by(jobs.c.id.desc()).limit(limit + 1)
+        if status is not None:
+            query = query.where(jobs.c.status == status)
+        if repo is not None:
+            query = query.where(jobs.c.repo_name == repo)
+        if after is not None:
+            query = query.where(jobs.c.id < _cursor(after))
+        with self._database.read() as connection:
+            rows = connection.execute(query).all()
+        more = len(rows) > limit
+        return [jobrows.as_wire(row) for row in rows[:limit]], str(rows[limit - 1].id) if more else None
 
     def timeline(self, uuid: str) -> dict[str, dict[str, str]]:
         """`{"<status>": {"startedAt": iso}}`: when the job first entered each status (contract 5.1)."""
-        raise NotImplementedError
+        with self._database.read() as connection:
+            job = jobrows.find(connection, uuid)
+            query = select(job_events).where(job_events.c.job_id == job.id, job_events.c.status.is_not(None))
+            entered: dict[str, dict[str, str]] = {}
+            for event in connection.execute(query.order_by(job_events.c.id)):
+                entered.setdefault(event.status, {"startedAt": event.at.isoformat()})
+            return entered
 
-    def events(self, uuid: str, after: int = 0) -> list[wire.JobEvent]:
+    def events(self, uuid: str, after: int = 0) -> builtins.list[wire.JobEvent]:
         """Oldest first, those with an id over `after`."""
-        raise NotImplementedError
+        with self._database.read() as connection:
+            job = jobrows.find(connection, uuid)
+            query = select(job_events).where(job_events.c.job_id == job.id, job_events.c.id > after)
+            return [
+                wire.JobEvent(id=event.id, at=event.at, kind=event.kind, message=event.message, step=event.step)
+                for event in connection.execute(query.order_by(job_events.c.id))
+            ]
 
     def request(self, uuid: str, action: Literal["cancel", "stop", "resume"]) -> wire.Job:
         """Ask a job to end or go on. A queued job ends at once; asking twice is no error.
 
         Raises Conflict for a job that has ended otherwise, `resume` of a job that is not paused, `stop` after cancel.
         """
-        raise NotImplementedError
+        with self._database.write() as connection:
+            job = jobrows.find(connection, uuid)
+            if action == "resume":
+                _resume(connection, job)
+            else:
+                _ask_to_end(connection, job, action)
+            return jobrows.load(connection, uuid)
 
     # ---- revisions
 
@@ -110,15 +160,18 @@ class Runs:
 
         Raises Conflict for a job that has ended.
         """
-        raise NotImplementedError
+        with self._database.write() as connection:
+            return revisions.add(connection, jobrows.find(connection, uuid), params, functions, created_by)
 
-    def revisions(self, uuid: str) -> list[wire.Revision]:
+    def revisions(self, uuid: str) -> builtins.list[wire.Revision]:
         """Oldest first."""
-        raise NotImplementedError
+        with self._database.read() as connection:
+            return revisions.every(connection, jobrows.find(connection, uuid))
 
     def revision(self, uuid: str, number: int) -> wire.Revision:
         """Raises NotFound."""
-        raise NotImplementedError
+        with self._database.read() as connection:
+            return revisions.one(connection, jobrows.find(connection, uuid), number)
 
     # ---- dispatcher
 
@@ -127,49 +180,136 @@ class Runs:
 
         Everything beyond its newest checkpoint with training state is truncated in the same transaction.
         """
-        raise NotImplementedError
+        with self._database.write() as connection:
+            return jobqueue.claim(connection, host, lease_seconds)
 
     def set_handle(self, uuid: str, fence: int, handle: str) -> None:
-        raise NotImplementedError
+        with self._database.write() as connection:
+            jobrows.fenced(connection, uuid, fence, handle=handle)
 
-    def live(self) -> list[LiveJob]:
+    def live(self) -> builtins.list[LiveJob]:
         """Jobs in training or stopping, of all hosts, oldest first."""
-        raise NotImplementedError
+        with self._database.read() as connection:
+            return jobqueue.live(connection)
 
     def extend_leases(self, seconds: float) -> None:
         """Give every live job `seconds` from now, for a server that was away."""
-        raise NotImplementedError
+        with self._database.write() as connection:
+            jobqueue.extend_leases(connection, seconds)
 
     def release(self, uuid: str, fence: int) -> wire.Job:
         """The process yielded: back to queued, not counted as a failure (or ended, when that had been asked for)."""
-        raise NotImplementedError
+        with self._database.write() as connection:
+            jobqueue.release(connection, uuid, fence)
+            return jobrows.load(connection, uuid)
 
     def fail_attempt(self, uuid: str, fence: int, reason: str, max_attempts: int) -> wire.Job:
         """The process died: back to queued with backoff, or errored with `reason`.
 
         Errored after `max_attempts` attempts in a row that committed no step beyond those already reached.
         """
-        raise NotImplementedError
+        with self._database.write() as connection:
+            jobqueue.fail_attempt(connection, uuid, fence, reason, max_attempts)
+            return jobrows.load(connection, uuid)
 
     # ---- job process: each raises Conflict for a wrong fence
 
     def spec(self, uuid: str, fence: int) -> wire.JobSpec:
         """`revision` is the one in effect at the resume point; a newer one follows by Control."""
-        raise NotImplementedError
+        with self._database.write() as connection:
+            return jobqueue.spec(connection, uuid, fence, self._artifacts.url)
 
     def heartbeat(self, uuid: str, heartbeat: wire.Heartbeat, lease_seconds: float) -> wire.Control:
-        raise NotImplementedError
+        with self._database.write() as connection:
+            return jobrows.control(connection, reports.hold(connection, uuid, heartbeat.fence, lease_seconds))
 
     def report_step(self, uuid: str, report: wire.StepReport, lease_seconds: float) -> wire.Control:
         """Commit a step's metrics and segments. The same report again changes nothing."""
-        raise NotImplementedError
+        with self._database.write() as connection:
+            job = reports.hold(connection, uuid, report.fence, lease_seconds)
+            reports.step(connection, job, report)
+            return jobrows.control(connection, jobrows.find(connection, uuid))
 
     def report_checkpoint(self, uuid: str, report: wire.CheckpointReport, lease_seconds: float) -> wire.Control:
-        raise NotImplementedError
+        with self._database.write() as connection:
+            job = reports.hold(connection, uuid, report.fence, lease_seconds)
+            reports.checkpoint(connection, job, report)
+            return jobrows.control(connection, jobrows.find(connection, uuid))
 
     def report_event(self, uuid: str, report: wire.EventReport, lease_seconds: float) -> wire.Control:
-        raise NotImplementedError
+        with self._database.write() as connection:
+            job = reports.hold(connection, uuid, report.fence, lease_seconds)
+            reports.event(connection, job, report)
+            return jobrows.control(connection, jobrows.find(connection, uuid))
 
     def finish(self, uuid: str, finish: wire.Finish, lease_seconds: float) -> wire.Control:
         """End the job and serve `finish.checkpoint`. The same finish again changes nothing."""
-        raise NotImplementedError
+        with self._database.write() as connection:
+            return jobrows.control(connection, reports.finish(connection, uuid, finish, lease_seconds))
+
+
+def _find_repeat(
+    connection: Connection, user_id: int, idempotency_key: str | None, body_sha256: str | None
+) -> str | None:
+    """The uuid of the job that an earlier sending of this request made. Raises Conflict."""
+    mine = select(jobs.c.uuid, jobs.c.body_sha256).where(jobs.c.user_id == user_id)
+    if idempotency_key is not None:
+        first = connection.execute(mine.where(jobs.c.idempotency_key == idempotency_key)).first()
+        if first and body_sha256 != first.body_sha256:
+            raise Conflict(f"Idempotency-Key {idempotency_key!r} came before with another job; use a new key")
+        return first and first.uuid
+    if body_sha256 is None:
+        return None
+    recent = mine.where(
+        jobs.c.idempotency_key.is_(None),
+        jobs.c.body_sha256 == body_sha256,
+        jobs.c.created_at > now() - REPEAT_WINDOW,
+        jobs.c.status.not_in(wire.TERMINAL),
+    )
+    first = connection.execute(recent.order_by(jobs.c.id)).first()
+    return first and first.uuid
+
+
+def _next_tag(connection: Connection, repo: Row[Any]) -> int:
+    counted = update(repos).where(repos.c.id == repo.id).values(last_tag=repos.c.last_tag + 1)
+    return int(connection.execute(counted.returning(repos.c.last_tag)).scalar_one())
+
+
+def _insert(connection: Connection, version: dict[str, Any], job: dict[str, Any]) -> str:
+    """A new version and its queued job; the job's uuid."""
+    uuid, clock = str(uuid4()), now()
+    new = insert(versions).values(archived=False, created_at=clock, **version).returning(versions.c.id)
+    version_id = connection.execute(new).scalar_one()
+    begin = {"status": "queued", "action": "continue", "step": 0, "furthest_step": 0}
+    begin |= {"attempt": 0, "failures": 0, "fence": 0, "created_at": clock, "updated_at": clock}
+    connection.execute(insert(jobs).values(uuid=uuid, version_id=version_id, **begin, **job))
+    jobrows.record(connection, jobrows.find(connection, uuid), "status", "queued", status="queued")
+    return uuid
+
+
+def _resume(connection: Connection, job: Row[Any]) -> None:
+    if job.status in wire.TERMINAL:
+        raise Conflict(f"job {job.uuid} has ended ({job.status}); there is nothing to resume")
+    if job.paused_reason is None:
+        raise Conflict(f"job {job.uuid} is not paused")
+    revisions.resume(connection, job, "resumed by request")
+
+
+def _ask_to_end(connection: Connection, job: Row[Any], action: Literal["cancel", "stop"]) -> None:
+    ended = "canceled" if action == "cancel" else "stopped"
+    if job.status == ended or job.action == action:
+        return
+    if job.status in wire.TERMINAL:
+        raise Conflict(f"job {job.uuid} has ended ({job.status}); it cannot be {ended}")
+    if job.action == "cancel":
+        raise Conflict(f"job {job.uuid} is being canceled; it cannot be stopped")
+    if job.status == "queued":
+        jobrows.end_without_process(connection, job, ended)
+    else:
+        jobrows.enter(connection, job, "stopping", f"asked to {action}", action=action)
+
+
+def _cursor(after: str) -> int:
+    if not after.isascii() or not after.isdigit():
+        raise ConfigError(f"cursor {after!r}: pass back what `next` gave")
+    return int(after)

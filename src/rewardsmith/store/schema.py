@@ -130,6 +130,7 @@ uploads = Table(
     _id(),
     Column("token_sha256", String(64), nullable=False, unique=True),
     Column("file_name", Text, nullable=False),
+    _owned_by("users"),
     Column("received", Boolean, nullable=False),
     Column("expires_at", UTCDateTime, nullable=False),
 )
@@ -144,6 +145,7 @@ datasets = Table(
     Column("rows", Integer, nullable=False),
     Column("columns", JSON, nullable=False),
     Column("prompt_lengths", JSON, nullable=False),
+    _owned_by("users"),
     _created_at(),
 )
 
@@ -159,6 +161,7 @@ jobs = Table(
     Column("tag", Integer, nullable=False),
     Column("dataset_id", ForeignKey("datasets.id", ondelete="SET NULL"), index=True),
     Column("dataset_name", String(200), nullable=False),
+    Column("dataset_path", Text, nullable=False),
     Column("base_model", String(500), nullable=False),
     Column("base_model_source", Text, nullable=False),
     Column("continues_id", ForeignKey("versions.id", ondelete="SET NULL"), index=True),

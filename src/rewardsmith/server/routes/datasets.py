@@ -17,7 +17,7 @@ router = APIRouter(tags=["datasets"])
 @router.post("/v2/datasets/upload")
 def begin_upload(body: wire.UploadRequest, request: Request, caller: Caller, store: StoreOf) -> wire.UploadTicket:
     """The URL in the answer takes the bytes of one file, once, within an hour."""
-    token = store.datasets.begin_upload(body.file_name)
+    token = store.datasets.begin_upload(body.file_name, caller.user_id)
     return wire.UploadTicket(presigned_url=_url(request, UPLOADS + token), upload_token=token)
 
 
@@ -37,7 +37,7 @@ async def receive_upload(token: str, request: Request, store: StoreOf) -> None:
 @router.put("/v2/datasets/upload")
 def finish_upload(body: wire.UploadComplete, caller: Caller, store: StoreOf) -> wire.Dataset:
     """Check the file and register it; a refusal names the rows and the reasons."""
-    return store.datasets.finish_upload(body.name, body.upload_token)
+    return store.datasets.finish_upload(body.name, body.upload_token, caller.user_id)
 
 
 @router.get("/v2/datasets")

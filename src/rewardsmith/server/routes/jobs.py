@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.websockets import WebSocket
 
 from rewardsmith import wire
@@ -14,6 +15,7 @@ from rewardsmith.errors import Conflict, NotFound
 from rewardsmith.jobs.local import log_file, tail
 from rewardsmith.server import events, submission
 from rewardsmith.server.auth import Caller
+from rewardsmith.server.boundary import refusal
 from rewardsmith.server.context import ConfigOf, StoreOf
 
 router = APIRouter(prefix="/v2/finetuning/jobs", tags=["jobs"])
@@ -236,6 +238,11 @@ def stream_events(
 @router.websocket("/{uuid}/metrics/stream")
 async def stream_metrics(websocket: WebSocket, uuid: str) -> None:
     state = websocket.app.state
+    try:
+        await run_in_threadpool(state.store.runs.get, uuid)
+    except NotFound as error:
+        await websocket.send_denial_response(refusal(websocket.scope, error.status, error.message))
+        return
     await events.stream_metrics(websocket, state.store, uuid, state.closing)
 
 

@@ -9,32 +9,6 @@ down_revision = None
 
 def upgrade() -> None:
     op.create_table(
-        "datasets",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("uuid", sa.String(length=36), nullable=False),
-        sa.Column("name", sa.String(length=200), nullable=False),
-        sa.Column("sha256", sa.String(length=64), nullable=False),
-        sa.Column("rows", sa.Integer(), nullable=False),
-        sa.Column("columns", sa.JSON(), nullable=False),
-        sa.Column("prompt_lengths", sa.JSON(), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_datasets"),
-        sa.UniqueConstraint("name", name="uq_datasets_name"),
-        sa.UniqueConstraint("uuid", name="uq_datasets_uuid"),
-    )
-    op.create_index("ix_datasets_sha256", "datasets", ["sha256"])
-
-    op.create_table(
-        "uploads",
-        sa.Column("id", sa.Integer(), nullable=False),
-        sa.Column("token_sha256", sa.String(length=64), nullable=False),
-        sa.Column("file_name", sa.Text(), nullable=False),
-        sa.Column("received", sa.Boolean(), nullable=False),
-        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
-        sa.PrimaryKeyConstraint("id", name="pk_uploads"),
-        sa.UniqueConstraint("token_sha256", name="uq_uploads_token_sha256"),
-    )
-    op.create_table(
         "users",
         sa.Column("id", sa.Integer(), nullable=False),
         sa.Column("uuid", sa.String(length=36), nullable=False),
@@ -44,6 +18,24 @@ def upgrade() -> None:
         sa.UniqueConstraint("username", name="uq_users_username"),
         sa.UniqueConstraint("uuid", name="uq_users_uuid"),
     )
+    op.create_table(
+        "datasets",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("uuid", sa.String(length=36), nullable=False),
+        sa.Column("name", sa.String(length=200), nullable=False),
+        sa.Column("sha256", sa.String(length=64), nullable=False),
+        sa.Column("rows", sa.Integer(), nullable=False),
+        sa.Column("columns", sa.JSON(), nullable=False),
+        sa.Column("prompt_lengths", sa.JSON(), nullable=False),
+        sa.Column("user_id", sa.Integer(), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(["user_id"], ["users.id"], name="fk_datasets_user_id_users", ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("id", name="pk_datasets"),
+        sa.UniqueConstraint("name", name="uq_datasets_name"),
+        sa.UniqueConstraint("uuid", name="uq_datasets_uuid"),
+    )
+    op.create_index("ix_datasets_sha256", "datasets", ["sha256"])
+
     op.create_table(
         "repos",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -57,6 +49,18 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_repos"),
         sa.UniqueConstraint("name", name="uq_repos_name"),
         sa.UniqueConstraint("uuid", name="uq_repos_uuid"),
+    )
+    op.create_table(
+        "uploads",
+        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("token_sha256", sa.String(length=64), nullable=False),
+        sa.Column("file_name", sa.Text(), nullable=False),
+        sa.Column("user_id", sa.Integer(), nullable=False),
+        sa.Column("received", sa.Boolean(), nullable=False),
+        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(["user_id"], ["users.id"], name="fk_uploads_user_id_users", ondelete="CASCADE"),
+        sa.PrimaryKeyConstraint("id", name="pk_uploads"),
+        sa.UniqueConstraint("token_sha256", name="uq_uploads_token_sha256"),
     )
     op.create_table(
         "versions",
@@ -100,6 +104,7 @@ def upgrade() -> None:
         sa.Column("tag", sa.Integer(), nullable=False),
         sa.Column("dataset_id", sa.Integer()),
         sa.Column("dataset_name", sa.String(length=200), nullable=False),
+        sa.Column("dataset_path", sa.Text(), nullable=False),
         sa.Column("base_model", sa.String(length=500), nullable=False),
         sa.Column("base_model_source", sa.Text(), nullable=False),
         sa.Column("continues_id", sa.Integer()),
@@ -235,9 +240,9 @@ def downgrade() -> None:
         "jobs",
         "checkpoints",
         "versions",
-        "repos",
-        "users",
         "uploads",
+        "repos",
         "datasets",
+        "users",
     ):
         op.drop_table(table)

@@ -1,0 +1,82 @@
+"""Commands that run something on this machine: serve, dispatcher, demo, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rewardsmith.cli.output import AsJson, print_json
+from rewardsmith.client.address import normalised
+from rewardsmith.config import DEFAULT_PORT, ServerConfig, default_base_url, default_home
+
+Home = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the database, artifacts and owner token. [default: REWARDSMITH_HOME, else ~/.rewardsmith]"
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    for command in (serve, dispatcher, demo, doctor):
+        app.command()(command)
+
+
+def serve(
+    home: Home = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = DEFAULT_PORT,
+    no_dispatcher: Annotated[
+        bool, typer.Option("--no-dispatcher", help="Serve only; jobs wait for `rewardsmith dispatcher`.")
+    ] = False,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Let --host be an address that other machines reach.")
+    ] = False,
+) -> None:
+    """Run the server: the API, and the dispatcher that starts jobs."""
+    from rewardsmith.server import serve as server
+
+    config = ServerConfig(home=_home(home), host=host, port=port)
+    server.serve(config, dispatcher=not no_dispatcher, allow_remote=allow_remote)
+
+
+def dispatcher(
+    home: Home = None,
+    base_url: Annotated[
+        str | None,
+        typer.Option(help="The server that jobs report to. [default: REWARDSMITH_BASE_URL, else this machine]"),
+    ] = None,
+) -> None:
+    """Start and watch over jobs, beside a server with the same home."""
+    from rewardsmith.server import serve as server
+
+    server.dispatch(ServerConfig(home=_home(home)), normalised(base_url or default_base_url()))
+
+
+def demo(
+    exit_when_done: Annotated[bool, typer.Option("--exit", help="End when the result is shown.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+) -> None:
+    """Train the built-in model on puzzles; show what it learned."""
+    from rewardsmith.demo import run
+
+    run.run(seed=seed, exit_when_done=exit_when_done, json_file=json_file)
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has for training, and what is missing."""
+    from rewardsmith.doctor import examine, show
+
+    report = examine()
+    if as_json:
+        print_json(report)
+    else:
+        show(report)
+    raise typer.Exit(0 if report.can_train else 1)
+
+
+def _home(given: Path | None) -> Path:
+    return given.expanduser().absolute() if given else default_home()

@@ -1,0 +1,54 @@
+"""The tensors of a LoRA adapter under the names PEFT saves them by, and their fingerprint.
+
+Trainer and engine each take the fingerprint of the tensors they really use; equal fingerprints are the proof that the
+engine runs the policy. Files are not read or written here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+
+
+def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """The live tensors of one adapter, sorted by plain name (without the adapter's own); writing to them changes it."""
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return {name: tensors[name].detach() for name in sorted(tensors)}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """SHA-256 of each tensor over its dtype, shape and bytes, by name."""
+
+    tensors: dict[str, str]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Fingerprint:
+        return cls({name: _sha256(tensor) for name, tensor in tensors.items()})
+
+    @cached_property
+    def digest(self) -> str:
+        """One SHA-256 over all names and tensors."""
+        lines = "".join(f"{name} {self.tensors[name]}\n" for name in sorted(self.tensors))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def difference(self, other: Fingerprint) -> str:
+        """How `other` differs, in words; empty when it does not."""
+        missing = sorted(self.tensors.keys() - other.tensors.keys())
+        foreign = sorted(other.tensors.keys() - self.tensors.keys())
+        changed = sorted(n for n in self.tensors.keys() & other.tensors.keys() if self.tensors[n] != other.tensors[n])
+        found = [(missing, "missing"), (foreign, "unknown"), (changed, "different")]
+        return ", ".join(f"{len(names)} {word} (first: {names[0]})" for names, word in found if names)
+
+
+def _sha256(tensor: Tensor) -> str:
+    content = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{content.dtype} {tuple(content.shape)} ".encode())
+    digest.update(content.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

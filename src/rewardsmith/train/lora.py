@@ -1,0 +1,112 @@
+"""The policy as a LoRA adapter: made, continued, handed to the engine, turned into the files PEFT reads.
+
+One frozen base carries two adapters of the same shape. POLICY is trained; ROLLOUT is the engine's own copy, which only
+a delivery changes, and a delivery is not done before fingerprints prove it. The base is never written to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rewardsmith.config import GRPOConfig
+from rewardsmith.errors import ConfigError, DeliveryError, ModelError
+from rewardsmith.rollout.adapter import Fingerprint, adapter_tensors
+from rewardsmith.rollout.engine import Engine
+
+POLICY, ROLLOUT = "policy", "rollout"
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+
+
+def attach(base: PreTrainedModel, config: GRPOConfig, base_name: str) -> PeftModel:
+    """The base with a new adapter (B zero, A by `config.seed`) under both names. Without `target_modules`, LoRA goes
+    to all linear layers but the head.
+
+    Raises ConfigError when `target_modules` names something that the base does not have.
+    """
+    settings = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(config.seed)
+    try:
+        model = get_peft_model(base, settings, adapter_name=POLICY)
+    except ValueError as error:
+        linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+        raise ConfigError(
+            f"GRPOConfig.target_modules={config.target_modules} does not fit the base model: {error} "
+            f"Its linear layers: {', '.join(sorted(linear))}"
+        ) from None
+    model.peft_config[POLICY].base_model_name_or_path = base_name
+    model.add_adapter(ROLLOUT, model.peft_config[POLICY])
+    model.set_adapter(POLICY)
+    return model
+
+
+def parameters(model: PeftModel) -> list[torch.nn.Parameter]:
+    """The policy's trainable parameters, always in the same order."""
+    return [parameter for name, parameter in model.named_parameters() if f".{POLICY}." in name]
+
+
+def deliver(model: PeftModel, engine: Engine, version: int) -> None:
+    """Gives the policy to the engine. Raises DeliveryError unless the engine then holds it bit for bit."""
+    policy = adapter_tensors(model, POLICY)
+    engine.load_adapter(policy, version)
+    difference = Fingerprint.of(policy).difference(engine.fingerprint())
+    if difference:
+        raise DeliveryError(
+            f"the engine does not run policy version {version}: of its {len(policy)} adapter tensors, {difference}. "
+            "Sampling with another policy would train on false data, so the job ends here"
+        )
+
+
+def continue_from(model: PeftModel, folder: Path, config: GRPOConfig) -> None:
+    """Starts the policy from a saved adapter. Raises ModelError or ConfigError when it does not fit this run."""
+    try:
+        saved = json.loads((folder / CONFIG_FILE).read_text())
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(
+            f"the adapter to continue from cannot be read ({CONFIG_FILE} and {WEIGHTS_FILE} are needed): {error}"
+        ) from None
+    for field, ours, theirs in (
+        ("rank", config.rank, saved.get("r")),
+        ("lora_alpha", config.lora_alpha, saved.get("lora_alpha")),
+    ):
+        if ours != theirs:
+            raise ConfigError(f"GRPOConfig.{field}={ours}, but the adapter to continue from has {theirs}: leave it out")
+    load(model, tensors, "the adapter to continue from")
+
+
+def load(model: PeftModel, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Sets the policy's tensors by plain names, all of them. Raises ModelError naming `what` when they do not fit."""
+    mine = adapter_tensors(model, POLICY)
+    odd = sorted(mine.keys() ^ tensors.keys())
+    odd = odd or [name for name in mine if mine[name].shape != tensors[name].shape]
+    if odd:
+        raise ModelError(f"{what} has other layers or shapes than this run's: {len(odd)} tensors, first {odd[0]}")
+    set_peft_model_state_dict(model, dict(tensors), adapter_name=POLICY)
+
+
+def files(model: PeftModel) -> dict[str, bytes]:
+    """The policy in PEFT's format, by file name: `PeftModel.from_pretrained` loads it as it is."""
+    settings: dict[str, Any] = model.peft_config[POLICY].to_dict() | {"inference_mode": True}
+    text = json.dumps(settings, indent=2, sort_keys=True, default=_plain)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter_tensors(model, POLICY).items()}
+    return {CONFIG_FILE: text.encode() + b"\n", WEIGHTS_FILE: save(tensors, metadata={"format": "pt"})}
+
+
+def _plain(value: object) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
