@@ -77,7 +77,8 @@ PERIODS = (2, 3, 4, 5, 7, 10, 20, 50, 100, 200, 400)
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    # Not Qwen2: transformers loads its own Qwen2 tokenizer beside every Qwen2 config, and that one rewrites text to NFC.
+    # Llama, not Qwen2: beside a Qwen2 config transformers always loads its own tokenizer class, which rewrites
+    # text to NFC, so that not every string would round-trip.
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 64) * 64,
         hidden_size=128,

@@ -39,7 +39,10 @@ class Section(BaseModel):
         try:
             super().__init__(**given)
         except ValidationError as error:
-            raise ConfigError(_explain(type(self).__name__, error)) from None
+            causes = [item.get("ctx", {}).get("error") for item in error.errors()]
+            of_source = any(isinstance(cause, RewardSourceError) for cause in causes)
+            kind = RewardSourceError if of_source else ConfigError
+            raise kind(_explain(type(self).__name__, error)) from None
 
     @classmethod
     def _unfolded(cls, fields: dict[str, Any]) -> dict[str, Any]:
@@ -62,8 +65,7 @@ class Section(BaseModel):
     def _count_changes_inside(self) -> None:
         """A section left at its default counts as set once something in it was: `config.reward_fns["f"] = f`."""
         for name in type(self).model_fields:
-            section = getattr(self, name)
-            if isinstance(section, Section):
+            if isinstance(section := getattr(self, name), Section):
                 section._count_changes_inside()
                 if section.model_fields_set:
                     self.model_fields_set.add(name)

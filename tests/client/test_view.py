@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from rich.console import Console
 from client.scripted import job, step
+from rich.console import Console
 
 from rewardsmith import wire
 from rewardsmith.client import view

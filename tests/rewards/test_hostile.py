@@ -173,6 +173,7 @@ DEATHS = {
     "exit code 0": ("import os; os._exit(0)", "exit code 0"),
     "exit code 3": ("import os; os._exit(3)", "exit code 3"),
     "killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
+    "unnamed signal": ("import os; os.kill(os.getpid(), 40)", "ended by signal 40"),
     "group killed": ("import os, signal; os.killpg(0, signal.SIGKILL)", "SIGKILL"),
     "segfault": ("import ctypes; ctypes.string_at(0)", "SIGSEGV\nFatal Python error: Segmentation fault"),
     "abort": ("import os; os.abort()", "SIGABRT"),

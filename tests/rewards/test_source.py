@@ -311,9 +311,7 @@ ACCEPTED = {
             return 1
         except (ValueError, KeyError) as error:
             print(error)
-        except* TypeError as group:
-            print(group)
-        """.replace("except* TypeError as group:\n            print(group)", ""),
+        """,
     "exception group": """
         try:
             x = 1

@@ -120,6 +120,7 @@ def test_every_connection_to_the_metrics_replays_the_history(api: Running):
             message = json.loads(socket.recv(timeout=10))
         assert message["data"]["steps"] == 1
         assert message["data"]["learning_rate"] == 1e-5
+        assert message["data"]["epoch"] == 0, "the stock SDK reads an integer"
         assert message["data"]["grpo_train_rewards"] == {"total_reward": 0.1, "total_reward_std": 0.5, "length": 0.1}
         expected = {"model_uuid": claim.uuid, "is_completed": False, "steps": 1, "total_steps": 3, "steps_per_epoch": 4}
         assert expected.items() <= message["meta"].items()

@@ -106,7 +106,7 @@ def test_processes_may_open_a_new_database_at_the_same_time(tmp_path: Path) -> N
 def test_a_database_of_a_newer_version_is_refused_in_words(database: Database) -> None:
     with database.write() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(ConfigError, match="newer Rewardsmith .*9999.*REWARDSMITH_HOME"):
+    with pytest.raises(ConfigError, match=r"newer Rewardsmith .*9999.*REWARDSMITH_HOME"):
         database.migrate()
 
 

@@ -80,9 +80,7 @@ def test_a_version_serves_nothing_until_its_job_has_ended(store: Store) -> None:
     version = store.registry.get_version("math", 1)
     assert (version.status, version.adapter_path, version.checkpoint) == ("training", None, None)
     assert [(saved.checkpoint, saved.best) for saved in version.checkpoints] == [(1, True), (2, False)]
-    with pytest.raises(
-        NotFound, match=r"math/1 has no adapter: its job is training; math/1@2 is its newest checkpoint"
-    ):
+    with pytest.raises(NotFound, match="its job is training; math/1@2 is its newest checkpoint"):
         store.registry.adapter_path("math", 1)
     assert store.registry.adapter_path("math", 1, 2) == f"jobs/{job.uuid}/checkpoints/2/adapter"
     finish(store, claimed, checkpoint=1)

@@ -104,7 +104,10 @@ def list_(
 
 @app.command()
 def config(adapter: Id, as_json: AsJson = False) -> None:
-    """Show the config of the job that made a version; --json prints what --config reads."""
+    """Show the config of the job that made a version.
+
+    With --json it is what --config reads.
+    """
     found = connect().adapters.get_config(adapter)
     if as_json:
         return print_json(found.to_wire())
@@ -124,7 +127,10 @@ def update_config(
         list[str] | None, typer.Option(metavar="NAME", help="Take this reward function out. Repeatable.")
     ] = None,
 ) -> None:
-    """Change the reward functions while the job runs: --rewards adds or replaces, --config gives the whole config."""
+    """Change the reward functions while the job runs.
+
+    --rewards adds functions or replaces those of the same name; --config gives the whole config anew.
+    """
     rs = connect()
     changed: GRPOConfig = read_config(config, None, None) if config else rs.adapters.get_config(adapter)
     for argument in rewards or []:

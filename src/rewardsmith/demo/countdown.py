@@ -134,7 +134,7 @@ def rows(split: Split, count: int, seed: int = 0, three_numbers: float = 0.4) ->
     return made
 
 
-def format_reward(prompt: str, completion: str, example: dict) -> float:
+def format_reward(prompt: str, completion: str, example: dict[str, object]) -> float:
     """1 for exactly one think block, a line break and an answer block at the end of the completion."""
     import re
 
@@ -142,7 +142,7 @@ def format_reward(prompt: str, completion: str, example: dict) -> float:
     return float(bool(re.match(rf"<think>{thought}</think>\n<answer>.*</answer>$", completion, re.DOTALL)))
 
 
-def equation_reward(prompt: str, completion: str, example: dict) -> float:
+def equation_reward(prompt: str, completion: str, example: dict[str, object]) -> float:
     """1 if the first answer block holds an expression in + - * / that uses each number once and equals the target."""
     import ast
     import operator
@@ -157,7 +157,7 @@ def equation_reward(prompt: str, completion: str, example: dict) -> float:
 
     def value(node: ast.AST) -> float:
         if isinstance(node, ast.BinOp) and type(node.op) in operators:
-            return operators[type(node.op)](value(node.left), value(node.right))
+            return float(operators[type(node.op)](value(node.left), value(node.right)))
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             return -value(node.operand)
         if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
@@ -170,11 +170,11 @@ def equation_reward(prompt: str, completion: str, example: dict) -> float:
     expression = answer[1].strip()
     if not re.fullmatch(r"[\d\s().+*/-]+", expression):
         return 0.0
-    nums = ast.literal_eval(example["nums"]) if isinstance(example["nums"], str) else example["nums"]
+    nums = ast.literal_eval(str(example["nums"]))  # a list, or the text of one from a CSV file
     if sorted(int(digits) for digits in re.findall(r"\d+", expression)) != sorted(nums):
         return 0.0
     try:
         reached = value(ast.parse(expression, mode="eval").body)
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return 0.0
-    return float(abs(reached - float(example["target"])) < 1e-5)
+    return float(abs(reached - float(str(example["target"]))) < 1e-5)

@@ -24,6 +24,7 @@ from typing import Any
 from rewardsmith.rewards import worker
 
 LOG_TAIL_BYTES = 8192
+_SIGNALS = {number.value: number.name for number in signal.Signals}
 _ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "PYTHONHASHSEED": "0",  # the order of sets, and so a score made from one, is the same in every worker
@@ -208,13 +209,15 @@ class WorkerProcess:
     def stack(self) -> str:
         """Where the Python code stands now, innermost frame first; empty when the worker does not answer."""
         self.drain()
-        self.log_tail = before = b""
+        self.log_tail = b""
         os.kill(self.pid, signal.SIGUSR2)
-        give_up = time.monotonic() + 0.05
-        while (not before or self.log_tail != before) and time.monotonic() < give_up:
+        give_up = time.monotonic() + 0.2
+        while time.monotonic() < give_up:
             before = self.log_tail
             time.sleep(0.002)
             self.drain()
+            if self.log_tail == before and b"first):\n  " in before:
+                break
         return self._user_lines()
 
     def _user_lines(self) -> str:
@@ -242,7 +245,7 @@ class WorkerProcess:
         elif status.si_code == os.CLD_EXITED:
             how = f"the process ended itself with exit code {status.si_status}"
         else:
-            name = signal.Signals(status.si_status).name
+            name = _SIGNALS.get(status.si_status, f"signal {status.si_status}")
             memory = " (the kernel does this when memory runs out)" if name == "SIGKILL" else ""
             how = f"the process was ended by {name}{memory}"
         return f"{how}\n{self._user_lines()}".strip()

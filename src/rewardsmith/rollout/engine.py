@@ -69,7 +69,7 @@ class PlainEngine:
         self._between_tokens = between_tokens
         self._config = cast(PreTrainedModel, model.get_base_model()).config
         self._context = getattr(self._config, "max_position_embeddings", None)
-        self._vocab = min(len(tokenizer), self._config.vocab_size)
+        self.vocab = min(len(tokenizer), self._config.vocab_size)
         self._stops = torch.tensor(stop_ids(model, tokenizer), device=model.device)
         self.version = 0
 
@@ -136,7 +136,7 @@ class PlainEngine:
         open_b = torch.ones(count, dtype=torch.bool, device=device)
         for position in range(longest):
             self._between_tokens()
-            all_logps_bV = log_probs(logits_bV, params.temperature, self._vocab)
+            all_logps_bV = log_probs(logits_bV, params.temperature, self.vocab)
             random_b = uniforms(seeds_B[rows_b], position)
             drawn_b = draw(all_logps_bV, random_b, top_k=params.top_k, top_p=params.top_p)
             ids_BT[rows_b, position] = drawn_b

@@ -133,7 +133,7 @@ def _metrics_message(job: wire.Job, record: StepRecord | None) -> str:
     message = wire.StreamMessage(
         data=wire.StreamData(
             steps=record.step if record else job.step,
-            epoch=record.epoch if record else None,
+            epoch=int(record.epoch) if record else None,
             learning_rate=metrics.get("learning_rate"),
             train_metrics_loss=metrics.get("loss"),
             grpo_train_rewards=_rewards(job, metrics) or None,

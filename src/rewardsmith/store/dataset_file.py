@@ -135,9 +135,7 @@ def _conclude(found: _Findings) -> None:
         if not name.strip():
             raise DatasetError(f"there is a column without a name; columns found: {listed}")
     if found.columns and "prompt" not in found.columns:
-        raise DatasetError(
-            f"no column `prompt`; columns found: {listed}. Rename the one that holds the prompts to `prompt`"
-        )
+        raise DatasetError(f"no column `prompt`; columns found: {listed}. Rename the one with the prompts to `prompt`")
     if found.wrong_rows:
         count = "1 row is" if found.wrong_rows == 1 else f"{found.wrong_rows} rows are"
         more = found.wrong_rows - len(found.problems)

@@ -34,7 +34,7 @@ def jsonl_rows(file: Path) -> Iterator[Numbered]:
     for line_number, line in enumerate(io.StringIO(text, newline="\n"), 1):
         if line.strip():
             number += 1
-            yield f"row {number} (line {line_number})", _json_row(line)
+            yield f"row {number} (line {line_number})", _json_row(line.rstrip("\r\n"))
 
 
 def json_rows(file: Path) -> Iterator[Numbered]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -97,7 +97,8 @@ def load(model: PeftModel, tensors: Mapping[str, Tensor], what: str) -> None:
     odd = odd or [name for name in mine if mine[name].shape != tensors[name].shape]
     if odd:
         raise ModelError(f"{what} has other layers or shapes than this run's: {len(odd)} tensors, first {odd[0]}")
-    set_peft_model_state_dict(model, dict(tensors), adapter_name=POLICY)
+    for name, tensor in mine.items():
+        tensor.copy_(tensors[name])
 
 
 def files(model: PeftModel) -> dict[str, bytes]:

@@ -276,12 +276,15 @@ class Page(Answer):
 
 
 class StreamData(Answer):
-    """The changing part of a metrics message (contract 1.5); field names travel in snake_case."""
+    """The changing part of a metrics message (contract 1.5); field names travel in snake_case.
+
+    `epoch` counts whole passes: the stock SDK drops a message in which it is not an integer.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     steps: int
-    epoch: float | None = None
+    epoch: int | None = None
     learning_rate: float | None = None
     train_metrics_loss: float | None = None
     total_tokens_used: int | None = None

@@ -1,0 +1,166 @@
+"""Makes a `Run` from what the server says of the job: rows, model, adapters, engine, optimizer, reward pool, progress.
+
+Whatever the user asked for that this run cannot or will not do is said once, in the job's events, when the first
+attempt begins. The loop itself is in `loop`.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from rewardsmith.config import GRPOConfig
+from rewardsmith.errors import DatasetError
+from rewardsmith.rewards.outcomes import ErrorGuard
+from rewardsmith.rewards.pool import RewardPool
+from rewardsmith.rollout.engine import Engine, PlainEngine
+from rewardsmith.rollout.prompts import Prompt, make_prompts
+from rewardsmith.train import checkpoint, lora
+from rewardsmith.train.artifacts import JobArtifacts
+from rewardsmith.train.checkpoint import Progress
+from rewardsmith.train.data import Batches, read_rows, split_rows
+from rewardsmith.train.journal import Journal
+from rewardsmith.train.model import load_base
+from rewardsmith.train.update import make_optimizer
+from rewardsmith.wire import JobSpec
+
+log = logging.getLogger("rewardsmith.train")
+
+RECOMMENDED_STEPS = 200  # contract 2.1
+
+
+@dataclass
+class Run:
+    """All parts of a running job. `revision` scores the next step, `newest` is the newest one that was looked at."""
+
+    config: GRPOConfig
+    journal: Journal
+    artifacts: JobArtifacts
+    model: PeftModel
+    vocab: int
+    max_tokens: int
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    held_out: Sequence[Prompt]
+    total_steps: int
+    progress: Progress
+    pool: RewardPool
+    revision: int
+    newest: int
+    yielding: Callable[[], bool]
+    guard: ErrorGuard = field(default_factory=ErrorGuard)
+    send_seconds: float = 0.0  # what the newest report took on its way
+
+
+@contextmanager
+def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool]) -> Iterator[Run]:
+    """`yielding` says whether the process was asked to make room. Raises what ends a job: any RewardsmithError."""
+    config = GRPOConfig(**spec.params)
+    artifacts = JobArtifacts(spec)
+    base, tokenizer = load_base(spec.base_model_source)
+    context = getattr(base.config, "max_position_embeddings", None)
+    train, held_out, left_out = _prompts(artifacts.get(spec.dataset_path), config, tokenizer, context)
+    total_steps = config.total_steps(len(train))
+    if spec.attempt == 1:
+        longest = max(len(prompt.ids) for prompt in [*train, *held_out])
+        for message in _remarks(config, total_steps, len(held_out), left_out, context, longest):
+            journal.event("warning", message)
+
+    model = lora.attach(base, config, spec.base_model_source)
+    optimizer = make_optimizer(model, config.optimizer, config.learning_rate)
+    if spec.resume:
+        progress = checkpoint.restore(artifacts, spec.resume.state_path, model, optimizer)
+        progress.last_checkpoint = spec.resume.checkpoint
+    else:
+        progress = Progress()
+        if spec.continue_from_path:
+            _continue_from(model, artifacts, spec.continue_from_path, config)
+    engine = PlainEngine(model, tokenizer, lora.ROLLOUT, between_tokens=journal.check)
+    lora.deliver(model, engine, version=progress.step)
+
+    pool = RewardPool(spec.revision.functions)
+    pool.start()
+    run = Run(
+        config=config,
+        journal=journal,
+        artifacts=artifacts,
+        model=model,
+        vocab=engine.vocab,
+        max_tokens=min(config.sampling_params.max_tokens, context or config.sampling_params.max_tokens),
+        engine=engine,
+        optimizer=optimizer,
+        batches=Batches(train, config.prompts_per_step, config.seed),
+        held_out=held_out,
+        total_steps=total_steps,
+        progress=progress,
+        pool=pool,
+        revision=spec.revision.revision,
+        newest=spec.revision.revision,
+        yielding=yielding,
+    )
+    log.info("%d rows, %d held out, steps %d to %d", len(train), len(held_out), progress.step + 1, total_steps)
+    try:
+        yield run
+    finally:
+        run.pool.close()
+
+
+def _prompts(
+    content: bytes, config: GRPOConfig, tokenizer: PreTrainedTokenizerBase, context: int | None
+) -> tuple[list[Prompt], list[Prompt], int]:
+    """Prompts to train on, prompts to evaluate on, and how many rows were left out as too long."""
+    limits = [limit for limit in (config.max_prompt_tokens, context and context - 1) if limit]
+    longest = min(limits, default=None)
+    parts = []
+    left_out = 0
+    for rows in split_rows(read_rows(content), config.eval_fraction, config.seed):
+        prompts, too_long = make_prompts(
+            rows, tokenizer, apply_chat_template=config.apply_chat_template, max_tokens=longest
+        )
+        parts.append(prompts)
+        left_out += too_long
+    if not parts[0]:
+        raise DatasetError(f"every prompt has more than {longest} tokens; raise max_prompt_tokens or shorten them")
+    return parts[0], parts[1], left_out
+
+
+def _remarks(
+    config: GRPOConfig, total_steps: int, held_out: int, left_out: int, context: int | None, longest: int
+) -> Iterator[str]:
+    """What the user should know of this config before it runs, in plain words."""
+    sampling, fields = config.sampling_params, GRPOConfig.model_fields
+    if left_out:
+        yield f"{left_out} row(s) left out: their prompts are too long for max_prompt_tokens or the model's context"
+    if context and longest + sampling.max_tokens > context:
+        yield (
+            f"max_tokens={sampling.max_tokens} is cut to what the model's context of {context} tokens leaves after "
+            f"each prompt: {context - longest} after the longest"
+        )
+    if config.enable_early_stopping and not held_out:
+        yield "early stopping cannot act: no rows are held out (a `split` column or eval_fraction names some)"
+    if "8bit" in config.optimizer.type or "paged" in config.optimizer.type:
+        yield f"optimizer {config.optimizer.type}: AdamW runs with 32-bit states in ordinary memory"
+    if (config.clip_low, config.clip_high) != (fields["clip_low"].default, fields["clip_high"].default):
+        yield "clip_low and clip_high cannot act: with one update per batch the ratio they bound is 1"
+    if sampling.top_k or sampling.top_p < 1:
+        yield (
+            f"completions are drawn with top_k={sampling.top_k} and top_p={sampling.top_p}, but log-probs are those "
+            "of the whole distribution: the loss treats what was cut off as possible"
+        )
+    if total_steps < RECOMMENDED_STEPS:
+        yield f"{total_steps} steps are fewer than the recommended {RECOMMENDED_STEPS}"
+
+
+def _continue_from(model: PeftModel, artifacts: JobArtifacts, path: str, config: GRPOConfig) -> None:
+    with tempfile.TemporaryDirectory(prefix="rewardsmith-adapter-") as folder:
+        artifacts.fetch_folder(path, (lora.CONFIG_FILE, lora.WEIGHTS_FILE), Path(folder))
+        lora.continue_from(model, Path(folder), config)

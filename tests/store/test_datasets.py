@@ -1,0 +1,155 @@
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+from stored import OWNER_ID, claim, create_job, finish, upload
+
+from rewardsmith.errors import Conflict, DatasetError, Forbidden, NotFound
+from rewardsmith.store import Store
+
+ROWS = b'{"prompt": "one", "answer": 1}\n{"answer": 2, "prompt": "three"}\n'
+
+
+def files(store: Store) -> list[str]:
+    """Every file under the artifacts, those on their way in too."""
+    root = store.artifacts.local_root
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def test_an_upload_becomes_a_dataset_with_a_report(store: Store) -> None:
+    made = upload(store, "sums", ROWS)
+    assert (made.name, made.status, made.connection.name) == ("sums", "connected", "file_uploads")
+    assert (made.rows, made.columns) == (2, ["prompt", "answer"])
+    assert [(bucket.low, bucket.high, bucket.rows) for bucket in made.prompt_lengths] == [
+        (3, 3, 1),
+        (4, 4, 0),
+        (5, 5, 1),
+    ]
+    for ref in ("sums", "file_uploads/sums", made.uuid):
+        assert store.datasets.get(ref) == made
+    assert list(store.datasets.rows("sums")) == [json.loads(line) for line in ROWS.splitlines()]
+    assert files(store) == [store.datasets.path("sums")]
+    with pytest.raises(NotFound, match="no dataset 'other'"):
+        store.datasets.get("other")
+
+
+def test_a_broken_upload_changes_nothing(store: Store, tmp_path: Path) -> None:
+    upload(store, "sums", ROWS)
+    before = files(store), store.datasets.list(), _tables(tmp_path)
+    for name, content in [("new", b'{"prompt": 1}'), ("new", b""), ("sums", b'{"prompt": "x"}'), ("a/b", ROWS)]:
+        with pytest.raises((DatasetError, Conflict)):
+            upload(store, name, content)
+    assert (files(store), store.datasets.list(), _tables(tmp_path)) == before
+    upload(store, "new", ROWS)
+
+
+def _tables(tmp_path: Path) -> str:
+    with sqlite3.connect(tmp_path / "db" / "rewardsmith.sqlite") as database:
+        return "\n".join(database.iterdump())
+
+
+def test_the_refusal_names_file_row_and_reason(store: Store) -> None:
+    with pytest.raises(DatasetError) as caught:
+        upload(store, "new", b"prompt,answer\nfine,1\n,2\n", file_name="my rows.csv")
+    assert caught.value.message == (
+        "my rows.csv was refused and nothing was stored: 1 row is wrong\n"
+        "  row 2 (line 3): `prompt` is empty\n"
+        "  columns found: prompt, answer"
+    )
+
+
+def test_a_taken_name_is_refused(store: Store) -> None:
+    upload(store, "sums", ROWS)
+    with pytest.raises(Conflict, match="dataset 'sums' exists; take another name, or delete that one first"):
+        upload(store, "sums", ROWS)
+
+
+@pytest.mark.parametrize("name", ["", " x", "a/b", "../x", "..", ".", "a\\b", "a\nb", "a\0b", "x" * 201])
+def test_names_that_are_no_names_are_refused(store: Store, name: str) -> None:
+    with pytest.raises(DatasetError, match="dataset name"):
+        upload(store, name, ROWS)
+
+
+@pytest.mark.parametrize("name", ["'; DROP TABLE datasets; --", '" OR 1=1', "%", "数据 2026", "x" * 200])
+def test_odd_names_are_plain_data(store: Store, name: str) -> None:
+    upload(store, "first", ROWS)
+    upload(store, name, b'{"prompt": "other"}')
+    assert store.datasets.get(name).name == name
+    assert [found.name for found in store.datasets.list()] == [name, "first"]
+    assert create_job(store, dataset=name).dataset_name == name
+    assert list(store.datasets.rows(name)) == [{"prompt": "other"}]
+
+
+@pytest.mark.parametrize("file_name", ["../../etc/cron.d/x.jsonl", "/tmp/x.jsonl", "a\nb.jsonl", "'; --.jsonl"])
+def test_the_users_file_name_never_names_a_file(store: Store, file_name: str) -> None:
+    token = store.datasets.begin_upload(file_name, OWNER_ID)
+    path = store.datasets.upload_file(token)
+    assert path.parent == store.artifacts.scratch() and token not in path.name
+    assert path.parent.stat().st_mode & 0o077 == 0
+
+
+def test_an_upload_token_is_for_one_upload_of_its_user(store: Store) -> None:
+    token = store.datasets.begin_upload("rows.jsonl", OWNER_ID)
+    with pytest.raises(DatasetError, match="no file was received for 'early'"):
+        store.datasets.finish_upload("early", token, OWNER_ID)
+    with pytest.raises(NotFound, match="begin a new upload"):
+        store.datasets.upload_file(token)
+    token = store.datasets.begin_upload("rows.jsonl", OWNER_ID)
+    store.datasets.upload_file(token).write_bytes(ROWS)
+    with pytest.raises(Conflict, match="this upload link was used"):
+        store.datasets.upload_file(token)
+    with pytest.raises(Forbidden, match="begun by somebody else"):
+        store.datasets.finish_upload("sums", token, OWNER_ID + 1)
+    store.datasets.finish_upload("sums", token, OWNER_ID)
+    for use in (store.datasets.upload_file, lambda spent: store.datasets.finish_upload("again", spent, OWNER_ID)):
+        with pytest.raises(NotFound):
+            use(token)
+
+
+def test_an_abandoned_upload_leaves_nothing(store: Store) -> None:
+    token = store.datasets.begin_upload("rows.jsonl", OWNER_ID)
+    store.datasets.upload_file(token).write_bytes(ROWS[:10])
+    store.datasets.abandon_upload(token)
+    assert files(store) == []
+    with pytest.raises(NotFound):
+        store.datasets.finish_upload("sums", token, OWNER_ID)
+
+
+def test_an_upload_expires_with_its_file(store: Store, tmp_path: Path) -> None:
+    token = store.datasets.begin_upload("rows.jsonl", OWNER_ID)
+    store.datasets.upload_file(token).write_bytes(ROWS)
+    with sqlite3.connect(tmp_path / "db" / "rewardsmith.sqlite") as database:
+        database.execute("UPDATE uploads SET expires_at = '2020-01-01 00:00:00.000000'")
+    database.close()
+    with pytest.raises(NotFound, match="older than an hour"):
+        store.datasets.finish_upload("sums", token, OWNER_ID)
+    store.datasets.begin_upload("other.jsonl", OWNER_ID)
+    assert files(store) == []
+
+
+def test_other_formats_are_refused_before_anything_is_sent(store: Store) -> None:
+    with pytest.raises(DatasetError, match=r"rows\.xlsx: a dataset is"):
+        store.datasets.begin_upload("rows.xlsx", OWNER_ID)
+
+
+def test_a_dataset_in_use_cannot_be_deleted(store: Store) -> None:
+    job = create_job(store, dataset="sums")
+    with pytest.raises(Conflict, match=f"dataset 'sums' is in use by job {job.uuid}"):
+        store.datasets.delete("sums")
+    finish(store, claim(store))
+    store.datasets.delete("sums")
+    assert files(store) == [] and store.datasets.list() == []
+    assert store.runs.get(job.uuid).dataset_name == "sums"
+    with pytest.raises(NotFound):
+        store.datasets.delete("sums")
+
+
+def test_datasets_with_the_same_rows_share_a_file_until_the_last_is_deleted(store: Store) -> None:
+    upload(store, "a", ROWS)
+    upload(store, "b", ROWS.replace(b"\n", b"\n\n"))
+    assert len(files(store)) == 1
+    store.datasets.delete("a")
+    assert len(list(store.datasets.rows("b"))) == 2
+    store.datasets.delete("b")
+    assert files(store) == []
