@@ -1,6 +1,8 @@
 """The command line as a process: what it prints, what it sends, how it fails. The server is a real one."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -225,6 +227,25 @@ def test_datasets_and_repos_go_their_way(cli: Cli, tmp_path: Path):
     cli("repos", "create", "gone")
     cli("repos", "delete", "gone")
     assert "HTTP 404" in cli("repos", "get", "gone", ok=False).err
+
+
+def test_ctrl_c_stops_the_watching_and_not_the_job(cli: Cli, api: Running, tmp_path: Path):
+    job = submit(cli, "--rewards", "rewards.py:half")
+    watching = subprocess.Popen(
+        [sys.executable, "-u", "-m", "rewardsmith", "jobs", "watch", job["uuid"]],
+        env=os.environ | {"REWARDSMITH_API_TOKEN": TOKEN, "REWARDSMITH_BASE_URL": api.url},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watching.stdout.readline() == "The job is in the queue.\n"
+    watching.send_signal(signal.SIGINT)
+    out, err = watching.communicate(timeout=30)
+    assert watching.returncode == 130
+    assert "the job goes on" in out
+    assert f"rewardsmith jobs stop sums/{job['target_version_tag']}" in out
+    assert err == ""
+    assert api.store.runs.get(job["uuid"]).status == "queued"
 
 
 # ---- failing

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from client.scripted import USER, Answer, ScriptedServer, job, scripted_server, sse, step
 
-from rewardsmith import ConfigError, DatasetError, FinetuningError, GRPOConfig, RequestError, Rewardsmith
+from rewardsmith import ConfigError, DatasetError, FinetuningError, GRPOConfig, RequestError, ResponseError, Rewardsmith
 from rewardsmith.client.objects import AdapterId
 
 DATASET = {"uuid": "d-1", "id": 7, "name": "rows", "rows": 2, "columns": ["prompt"]}
@@ -179,6 +179,17 @@ def test_a_job_is_sent_once_under_one_key_and_confirmed(
     assert "no TensorBoard" in captured.err
 
 
+def test_what_was_changed_inside_a_config_is_sent_too(server: ScriptedServer, rs: Rewardsmith):
+    server.on(f"POST {JOBS}", job("queued"))
+    config = GRPOConfig(base_model="m")
+    config.reward_fns["later"] = a_reward
+    config.sampling_params.temperature = 0.5
+    rs.finetuning.jobs.create(config=config, dataset="rows", repo="my-repo")
+    params = server.requests[-1].json()["params"]
+    assert list(params["rewardFns"]["functions"]) == ["later"]
+    assert params["sampling_params"] == {"temperature": 0.5}
+
+
 def test_two_jobs_have_two_keys(server: ScriptedServer, rs: Rewardsmith):
     server.on(f"POST {JOBS}", job("queued"))
     for _ in range(2):
@@ -197,6 +208,12 @@ def test_a_bad_config_or_reward_is_refused_before_anything_is_sent(server: Scrip
     with pytest.raises(ConfigError, match="<repo>/<version>"):
         rs.finetuning.jobs.create(config={}, dataset="rows", repo="r", continue_from_version="my-repo")
     assert len(server.requests) == sent
+
+
+def test_a_list_of_another_shape_is_no_answer_of_this_api(server: ScriptedServer, rs: Rewardsmith):
+    server.on("GET /v2/repos", {"data": {"other": []}})
+    with pytest.raises(ResponseError):
+        rs.repos.list()
 
 
 def test_lists_go_on_over_pages(server: ScriptedServer, rs: Rewardsmith):

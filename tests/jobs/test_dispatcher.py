@@ -125,22 +125,41 @@ def test_a_program_that_cannot_be_started_fails_the_attempt(api: Running):
     assert "cannot be started" in (job(api, uuid).error or "")
 
 
-def test_a_silent_job_is_killed_when_its_lease_is_over(api: Running):
+def test_a_silent_job_is_killed_some_time_after_its_lease_is_over(api: Running, monkeypatch: pytest.MonkeyPatch):
     here = dispatcher(api, "silent", max_attempts=1)
     uuid = api.queued_job()
     until(here, lambda: job(api, uuid).step == 1, "the first step")
     process = process_of(api, uuid)
     api.store.runs.extend_leases(-1)
+    here.turn()
+    assert job(api, uuid).status == "training" and not gone(process)
+    monkeypatch.setattr("rewardsmith.jobs.dispatcher.SILENCE_GRACE_SECONDS", 0)
     until(here, lambda: job(api, uuid).status != "training", "the job is given up")
     assert gone(process)
     assert any("stopped reporting and was killed" in event.message for event in api.store.runs.events(uuid))
 
 
-def test_a_silent_job_is_left_alone_while_the_server_is_away(api: Running):
+def test_a_job_that_was_asleep_with_its_machine_goes_on(api: Running, monkeypatch: pytest.MonkeyPatch):
+    here = dispatcher(api, "hold")
+    uuid = api.queued_job()
+    until(here, lambda: job(api, uuid).step == 1, "the first step")
+    process = process_of(api, uuid)
+    process.suspend()
+    api.store.runs.extend_leases(-1)
+    here.turn()
+    process.resume()
+    until(here, lambda: not api.store.runs.live()[0].expired, "it is heard again")
+    monkeypatch.setattr("rewardsmith.jobs.dispatcher.SILENCE_GRACE_SECONDS", 0)
+    here.turn()
+    assert (job(api, uuid).status, job(api, uuid).attempt) == ("training", 1)
+
+
+def test_a_silent_job_is_left_alone_while_the_server_is_away(api: Running, monkeypatch: pytest.MonkeyPatch):
     launcher = LocalLauncher(api.config.home, [sys.executable, "-c", "import time; time.sleep(600)"])
     here = Dispatcher(api.store, launcher, "http://127.0.0.1:1", lease_seconds=60, max_attempts=1)
     uuid = api.queued_job()
     here.turn()
+    monkeypatch.setattr("rewardsmith.jobs.dispatcher.SILENCE_GRACE_SECONDS", 0)
     api.store.runs.extend_leases(-1)
     here.turn()
     assert job(api, uuid).status == "training" and launcher.alive(handle_of(api, uuid))

@@ -11,18 +11,6 @@ import psutil
 import pytest
 
 
-def _left_over(before: tuple[set[int], int, set[Path]]) -> list[object]:
-    processes, descriptors, files = before
-    found: list[object] = [child for child in psutil.Process().children(recursive=True) if child.pid not in processes]
-    if len(os.listdir("/proc/self/fd")) > descriptors:
-        found.append(os.listdir("/proc/self/fd"))
-    return found + sorted(_scratch_folders() - files)
-
-
-def _scratch_folders() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("rewardsmith-rewards-*"))
-
-
 def _wait_until(happened: Callable[[], object], complaint: Callable[[], str] = lambda: "it did not happen") -> None:
     give_up = time.monotonic() + 10
     while not happened():
@@ -36,9 +24,18 @@ def wait_until() -> Callable[[Callable[[], object]], None]:
 
 
 @pytest.fixture(autouse=True)
-def leaves_nothing_behind() -> Iterator[None]:
-    children = {child.pid for child in psutil.Process().children(recursive=True)}
-    before = (children, len(os.listdir("/proc/self/fd")), _scratch_folders())
+def leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    children = set(psutil.Process().children(recursive=True))
+    descriptors = len(os.listdir("/proc/self/fd"))
+
+    def left_over() -> list[object]:
+        found: list[object] = [*set(psutil.Process().children(recursive=True)) - children, *scratch.iterdir()]
+        open_now = os.listdir("/proc/self/fd")
+        return [*found, open_now] if len(open_now) > descriptors else found
+
     yield
     gc.collect()
-    _wait_until(lambda: not _left_over(before), lambda: f"left over: {_left_over(before)}")
+    _wait_until(lambda: not left_over(), lambda: f"left over: {left_over()}")

@@ -13,11 +13,11 @@ from rewardsmith.rewards.pool import Group, RewardPool
 from rewardsmith.rewards.process import Limits
 from rewardsmith.wire import RevisionFunction
 
-LIMITS = Limits(call_seconds=0.4, memory_bytes=512 * 2**20, output_bytes=2**20)
+LIMITS = Limits(call_seconds=0.4)
 COMPLETIONS = [*map(str, range(8)), "bad", *map(str, range(8, 16))]
 
 
-def score_with_neighbours(body: str, workers: int = 1) -> Score:
+def score_with_neighbours(body: str, limits: Limits = LIMITS) -> Score:
     """Score 16 good completions and a bad one in the middle; check the good ones and return the other's score."""
     text = (
         "def reward(prompt, completion, example):\n"
@@ -27,7 +27,7 @@ def score_with_neighbours(body: str, workers: int = 1) -> Score:
     )
     assert source.check(text) == []
     function = RevisionFunction(name="reward", source=text, source_sha256="")
-    with RewardPool([function], workers=workers, limits=LIMITS) as pool:
+    with RewardPool([function], workers=1, limits=limits) as pool:
         (scores,) = pool.score([Group("p", {}, COMPLETIONS)])
     found = {completion: score["reward"] for completion, score in zip(COMPLETIONS, scores, strict=True)}
     bad = found.pop("bad")
@@ -261,7 +261,7 @@ HOGS = {
 
 @pytest.mark.parametrize("body", HOGS.values(), ids=HOGS)
 def test_out_of_memory(body: str) -> None:
-    bad = score_with_neighbours(body)
+    bad = score_with_neighbours(body, Limits(memory_bytes=200 * 2**20))
     assert (bad.outcome, bad.value) == ("out_of_memory", 0.0)
     assert "MemoryError" in bad.error
 

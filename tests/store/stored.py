@@ -111,8 +111,8 @@ def report_checkpoint(store: Store, claimed: Claim, number: int, step: int, **ch
         "fence": claimed.fence,
         "checkpoint": number,
         "step": step,
-        "path": f"jobs/{claimed.uuid}/checkpoints/{number}/adapter",
-        "state_path": f"jobs/{claimed.uuid}/checkpoints/{number}/state",
+        "path": f"jobs/{claimed.uuid}/checkpoints/{number}-step-{step}",
+        "state_path": f"jobs/{claimed.uuid}/states/{number}-step-{step}",
         "fingerprint": f"fingerprint-{step}",
     }
     return store.runs.report_checkpoint(claimed.uuid, wire.CheckpointReport(**(report | changes)), LEASE)

@@ -1,7 +1,9 @@
+from pathlib import Path
 from typing import Any
 
+import duckdb
 import pytest
-from stored import claim, completion, create_job, report_step, reward_log, write_segment
+from stored import claim, completion, create_job, open_store, report_step, reward_log, write_segment
 
 from rewardsmith import wire
 from rewardsmith.errors import ConfigError, NotFound
@@ -228,5 +230,17 @@ def test_the_query_engine_sees_the_artifacts_and_nothing_else(store: Store, clai
     outside.write_bytes(file.read_bytes())
     file.unlink()
     file.symlink_to(outside)
-    rows = store.completions.completions(claimed.uuid).data
-    assert rows == []
+    with pytest.raises(duckdb.PermissionException):
+        store.completions.completions(claimed.uuid)
+
+
+def test_the_artifacts_may_lie_behind_a_link_and_an_odd_name(tmp_path: Path) -> None:
+    (tmp_path / "a [b]* 'c'").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a [b]* 'c'")
+    store = open_store(tmp_path / "link")
+    store.registry.ensure_owner("token")
+    create_job(store)
+    claimed = claim(store)
+    commit_steps(store, claimed, range(1, 3), rows=1)
+    assert found(store, claimed) == [(2, 0), (1, 0)]
+    store.close()

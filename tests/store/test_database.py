@@ -95,6 +95,7 @@ def test_times_come_back_as_aware_utc(database: Database) -> None:
     assert stored == given and stored.tzinfo is UTC
 
 
+@pytest.mark.slow
 def test_processes_may_open_a_new_database_at_the_same_time(tmp_path: Path) -> None:
     script = "import sys; from rewardsmith.store.database import Database; Database(sys.argv[1]).migrate()"
     command_line = [sys.executable, "-c", script, f"sqlite:///{tmp_path / 'db.sqlite'}"]

@@ -19,7 +19,7 @@ from stored import (
 
 from rewardsmith import wire
 from rewardsmith.errors import ConfigError, Conflict, NotFound
-from rewardsmith.store import Claim, Store
+from rewardsmith.store import Claim, Store, jobqueue
 
 CLAIM_ALL = """
 import json, sys
@@ -123,6 +123,7 @@ def test_threads_claim_every_job_once(store: Store) -> None:
     assert len({claimed.token for claimed in claims}) == 40
 
 
+@pytest.mark.slow
 def test_processes_claim_every_job_once(store: Store, tmp_path: Path) -> None:
     jobs = {create_job(store).uuid for _ in range(60)}
     arguments = [f"sqlite:///{tmp_path / 'db' / 'rewardsmith.sqlite'}", store.artifacts.url]
@@ -238,14 +239,19 @@ def test_a_failed_attempt_backs_off_and_says_why(store: Store) -> None:
     )
 
 
-def test_attempts_without_a_new_step_use_up_the_tries(store: Store) -> None:
+@pytest.fixture
+def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobqueue, "LONGEST_BACKOFF_SECONDS", 0)
+
+
+def test_attempts_without_a_new_step_use_up_the_tries(store: Store, no_backoff: None) -> None:
     job = create_job(store)
     claimed = claim(store)
     report_step(store, claimed, 1)
     report_checkpoint(store, claimed, 1, 1)
     report_step(store, claimed, 2)
     store.runs.fail_attempt(job.uuid, claimed.fence, "first", 2)
-    claimed = _claim_after_backoff(store)
+    claimed = claim(store)
     report_step(store, claimed, 2)  # taken back and done again: no step beyond those already reached
     ended = store.runs.fail_attempt(job.uuid, claimed.fence, "see the log", 2)
     assert ended.status == "errored"
@@ -253,14 +259,14 @@ def test_attempts_without_a_new_step_use_up_the_tries(store: Store) -> None:
     assert store.registry.get_version("math", 1).checkpoint == 1
 
 
-def test_a_new_step_gives_the_tries_back(store: Store) -> None:
+def test_a_new_step_gives_the_tries_back(store: Store, no_backoff: None) -> None:
     job = create_job(store)
     for step in range(1, 4):
-        claimed = _claim_after_backoff(store)
+        claimed = claim(store)
         report_step(store, claimed, step)
         report_checkpoint(store, claimed, step, step)
         assert store.runs.fail_attempt(job.uuid, claimed.fence, "x", 2).status == "queued"
-    assert store.runs.fail_attempt(job.uuid, _claim_after_backoff(store).fence, "x", 2).status == "errored"
+    assert store.runs.fail_attempt(job.uuid, claim(store).fence, "x", 2).status == "errored"
 
 
 def test_every_state_is_in_the_timeline(store: Store) -> None:

@@ -132,7 +132,7 @@ def test_a_new_attempt_resumes_and_what_lay_beyond_is_truncated(store: Store) ->
     store.runs.release(job.uuid, first.fence)
     second = claim(store)
     spec = store.runs.spec(job.uuid, second.fence)
-    assert spec.resume == wire.ResumePoint(step=6, checkpoint=3, state_path=f"jobs/{job.uuid}/checkpoints/3/state")
+    assert spec.resume == wire.ResumePoint(step=6, checkpoint=3, state_path=f"jobs/{job.uuid}/states/3-step-6")
     assert points(store, job.uuid, "loss")[-1][0] == 6
     assert [record.step for record in store.telemetry.steps(job.uuid)] == [0, 1, 2, 3, 4, 5, 6]
     assert [segment.step for segment in store.telemetry.segments(job.uuid)] == [0, 1, 2, 3, 4, 5, 6]
@@ -162,7 +162,7 @@ def test_an_attempt_without_a_checkpoint_starts_over_and_keeps_step_0(store: Sto
     assert store.telemetry.segments(job.uuid) == [again]
 
 
-def test_the_newest_two_checkpoints_keep_their_state_and_the_best_is_the_last_that_was(store: Store) -> None:
+def test_the_best_checkpoint_is_the_last_that_was_and_the_newest_state_is_resumed(store: Store) -> None:
     job = create_job(store)
     claimed = claim(store)
     for number, best in enumerate([True, True, False, False], 1):
@@ -189,8 +189,25 @@ def test_a_checkpoint_sent_again_changes_nothing(store: Store) -> None:
     report_checkpoint(store, claimed, 1, 5)
     report_checkpoint(store, claimed, 1, 5)
     assert len(told(store, claimed, "checkpoint")) == 1
-    with pytest.raises(ConfigError, match="is published with other weights"):
+    with pytest.raises(ConfigError, match="is of step 5 and has other weights"):
         report_checkpoint(store, claimed, 1, 5, fingerprint="other")
+    with pytest.raises(ConfigError, match="is of step 5 and has other weights"):
+        report_checkpoint(store, claimed, 1, 4)
+
+
+def test_a_regular_checkpoint_takes_the_place_of_one_made_on_yielding(store: Store) -> None:
+    job = create_job(store)
+    first = claim(store)
+    report_step(store, first, 3)
+    report_checkpoint(store, first, 1, 3)
+    store.runs.release(job.uuid, first.fence)
+    second = claim(store)
+    assert store.runs.spec(job.uuid, second.fence).resume == wire.ResumePoint(
+        step=3, checkpoint=1, state_path=f"jobs/{job.uuid}/states/1-step-3"
+    )
+    report_checkpoint(store, second, 1, 5)
+    (saved,) = store.registry.get_version("math", 1).checkpoints
+    assert (saved.step, saved.path) == (5, f"jobs/{job.uuid}/checkpoints/1-step-5")
 
 
 def test_a_finish_serves_its_checkpoint_and_may_be_sent_again(store: Store) -> None:

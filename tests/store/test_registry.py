@@ -82,11 +82,11 @@ def test_a_version_serves_nothing_until_its_job_has_ended(store: Store) -> None:
     assert [(saved.checkpoint, saved.best) for saved in version.checkpoints] == [(1, True), (2, False)]
     with pytest.raises(NotFound, match="its job is training; math/1@2 is its newest checkpoint"):
         store.registry.adapter_path("math", 1)
-    assert store.registry.adapter_path("math", 1, 2) == f"jobs/{job.uuid}/checkpoints/2/adapter"
+    assert store.registry.adapter_path("math", 1, 2) == f"jobs/{job.uuid}/checkpoints/2-step-20"
     finish(store, claimed, checkpoint=1)
     version = store.registry.get_version("math", 1)
     assert (version.status, version.checkpoint, version.description) == ("completed", 1, "first try")
-    assert version.adapter_path == store.registry.adapter_path("math", 1) == f"jobs/{job.uuid}/checkpoints/1/adapter"
+    assert version.adapter_path == store.registry.adapter_path("math", 1) == f"jobs/{job.uuid}/checkpoints/1-step-10"
     assert version.finetuning_job is not None and version.finetuning_job.uuid == job.uuid
     with pytest.raises(NotFound, match=r"math/1 has no checkpoint 7; its checkpoints: 1, 2"):
         store.registry.get_version("math", 1, 7)
@@ -121,8 +121,8 @@ def test_versions_are_listed_archived_and_counted_on_after_deletion(store: Store
 def test_deleting_a_version_deletes_its_files_and_keeps_its_job(store: Store) -> None:
     job = create_job(store)
     claimed = claim(store)
-    for path in ("adapter/weights", "state/optimizer"):
-        store.artifacts.put(f"jobs/{job.uuid}/checkpoints/1/{path}", b"x")
+    for path in ("checkpoints/1-step-10/weights", "checkpoints/superseded/weights", "states/1-step-10/optimizer"):
+        store.artifacts.put(f"jobs/{job.uuid}/{path}", b"x")
     store.artifacts.put(f"jobs/{job.uuid}/segments/1.parquet", b"x")
     report_checkpoint(store, claimed, 1, 10)
     with pytest.raises(Forbidden, match=rf"math/1 is in use by job {job.uuid}"):
@@ -145,7 +145,7 @@ def test_a_version_that_a_job_continues_cannot_be_deleted(store: Store) -> None:
     with pytest.raises(Forbidden, match="math/1 is in use"):
         store.registry.delete_version("math", 1)
     child = claim(store)
-    assert store.runs.spec(child.uuid, child.fence).continue_from_path == f"jobs/{first.uuid}/checkpoints/1/adapter"
+    assert store.runs.spec(child.uuid, child.fence).continue_from_path == f"jobs/{first.uuid}/checkpoints/1-step-10"
     finish(store, child)
     store.registry.delete_repo("math")
     assert store.runs.get(child.uuid).status == "completed"

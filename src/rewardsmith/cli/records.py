@@ -111,7 +111,11 @@ def logs(
     jobs = connect().finetuning.jobs
     if process or attempt is not None:
         log = jobs.log(job, attempt)
-        return print_json(log) if as_json else console().print(Text(printable(log)), soft_wrap=True)
+        if as_json:
+            return print_json(log)
+        # A progress bar writes its line again and again; what it wrote last is what counts.
+        last = "\n".join(line.rpartition("\r")[2] for line in log.split("\n"))
+        return console().print(Text(printable(last)), soft_wrap=True, end="")
     found = jobs.reward_logs(job, function=function, revision=revision, step=step, outcome=outcome, text=text)
     shown = list(islice(found, limit))
     if as_json:

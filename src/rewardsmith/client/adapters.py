@@ -11,10 +11,15 @@ from rewardsmith.client.datasets import DatasetRef
 from rewardsmith.client.jobs import ConfigLike, Jobs
 from rewardsmith.client.objects import Adapter
 from rewardsmith.client.repos import RepoRef, repo_name
-from rewardsmith.client.transport import Transport
+from rewardsmith.client.transport import Data, Transport
 from rewardsmith.client.versions import AdapterRef, as_id, get_version, job_of_version, version_path
 from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import ConfigError, FinetuningError
+from rewardsmith.wire.base import Answer
+
+
+class _Versions(Answer):
+    adapters: list[wire.AdapterVersion]
 
 
 class Adapters:
@@ -69,8 +74,8 @@ class Adapters:
     def list(self, repo: RepoRef | None = None) -> list[Adapter]:
         """Every version of a repo, or of all repos, newest first."""
         filters = {"repo": repo_name(repo) if repo is not None else None}
-        answer = self._http.get("/v2/adapters", dict[str, dict[str, list[wire.AdapterVersion]]], filters)
-        return [Adapter.of(version) for version in answer["data"]["adapters"]]
+        answer = self._http.get("/v2/adapters", Data[_Versions], filters)
+        return [Adapter.of(version) for version in answer.data.adapters]
 
     def get_config(self, adapter_id: AdapterRef) -> GRPOConfig:
         """The whole config of the job that made a version, to look at or to change and give to `update_config`."""

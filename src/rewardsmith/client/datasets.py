@@ -13,11 +13,16 @@ from uuid import uuid4
 
 from rewardsmith import wire
 from rewardsmith.client.objects import Dataset
-from rewardsmith.client.transport import Transport, segment
+from rewardsmith.client.transport import Data, Transport, segment
 from rewardsmith.errors import DatasetError, RequestError
+from rewardsmith.wire.base import Answer
 
 DatasetRef = str | wire.Dataset
 POLL_SECONDS = 1.0
+
+
+class _Datasets(Answer):
+    datasets: list[Dataset]
 
 
 class DataFrame(Protocol):
@@ -73,7 +78,7 @@ class Datasets:
 
     def list(self) -> list[Dataset]:
         """The newest datasets first."""
-        return self._http.get("/v2/datasets", dict[str, dict[str, list[Dataset]]])["data"]["datasets"]
+        return self._http.get("/v2/datasets", Data[_Datasets]).data.datasets
 
     def delete(self, dataset_ref: DatasetRef) -> None:
         """Refused while a job that has not ended uses it."""

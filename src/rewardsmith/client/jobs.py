@@ -16,7 +16,7 @@ from rewardsmith.client import stream, view
 from rewardsmith.client.datasets import DatasetRef, dataset_name
 from rewardsmith.client.objects import AdapterId, FinetuningJob
 from rewardsmith.client.repos import RepoRef, repo_name
-from rewardsmith.client.transport import Transport, segment
+from rewardsmith.client.transport import Data, Transport, segment
 from rewardsmith.client.versions import AdapterRef, as_id, job_of_version
 from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import ConfigError
@@ -28,9 +28,8 @@ JOBS = "/v2/finetuning/jobs"
 Row = TypeVar("Row", wire.CompletionRow, wire.RewardLogRow)
 
 
-class _JobPage(Answer):
-    data: dict[str, list[wire.Job]]
-    next: str | None = None
+class _Jobs(Answer):
+    jobs: list[wire.Job]
 
 
 class _Metrics(Answer):
@@ -211,8 +210,8 @@ class Jobs:
         after: str | None = None
         while len(jobs) < limit:
             filters = {"limit": limit - len(jobs), "status": status, "repo": repo_filter, "after": after}
-            page = self._http.get(JOBS, _JobPage, filters)
-            jobs += [FinetuningJob.of(job) for job in page.data["jobs"]]
+            page = self._http.get(JOBS, Data[_Jobs], filters)
+            jobs += [FinetuningJob.of(job) for job in page.data.jobs]
             after = page.next
             if after is None:
                 break

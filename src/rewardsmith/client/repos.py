@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from rewardsmith import wire
-from rewardsmith.client.transport import Transport, segment
+from rewardsmith.client.transport import Data, Transport, segment
+from rewardsmith.wire.base import Answer
 
 RepoRef = str | wire.Repo
+
+
+class _Repos(Answer):
+    repos: list[wire.Repo]
 
 
 class Repos:
@@ -26,8 +31,7 @@ class Repos:
 
     def list(self, limit: int = 10) -> list[wire.Repo]:
         """The newest repos first."""
-        answer = self._http.get("/v2/repos", dict[str, dict[str, list[wire.Repo]]], {"limit": limit})
-        return answer["data"]["repos"]
+        return self._http.get("/v2/repos", Data[_Repos], {"limit": limit}).data.repos
 
     def delete(self, repo_ref: RepoRef) -> None:
         """With all its versions. Refused while one of its jobs runs."""

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Generic, NoReturn, TypeVar
 from urllib.parse import quote
 
 import httpx
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from rewardsmith.client.address import Address
 from rewardsmith.errors import ConfigError, RequestError, ResponseError, ServerError, ServerUnreachable
@@ -36,6 +36,13 @@ STREAM_TIMEOUT = httpx.Timeout(10, read=45)
 
 Params = Mapping[str, str | int | float | None]
 T = TypeVar("T")
+
+
+class Data(BaseModel, Generic[T]):
+    """The envelope in which lists come. `next` goes back as `after` to read on."""
+
+    data: T
+    next: str | None = None
 
 
 class Transport:

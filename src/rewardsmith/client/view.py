@@ -50,15 +50,21 @@ def confirm(job: FinetuningJob, source: str) -> None:
 def watch(events: Iterable[Event], job: FinetuningJob, console: Console | None = None) -> wire.Job | None:
     """Draw the events until they end and return the job as it ended. Ctrl-C says how to go on and is raised again."""
     ended = None
-    with JobView(job, console or Console(highlight=False)) as view:
-        try:
+    console = console or Console(highlight=False)
+    try:
+        with JobView(job, console) as view:
             for event in events:
                 view.show(event)
                 if isinstance(event, wire.Job):
                     ended = event
-        except KeyboardInterrupt:
-            view.interrupted()
-            raise
+    except KeyboardInterrupt:
+        console.print(
+            f"Stopped watching; the job goes on.\n"
+            f"  watch again  rewardsmith jobs watch {job.adapter_id}\n"
+            f"  stop it      rewardsmith jobs stop {job.adapter_id}",
+            markup=False,
+        )
+        raise
     return ended
 
 
@@ -74,7 +80,7 @@ class JobView:
         self._lost = False
         self._functions = function_names(job.stored_params)
         self._step = 0
-        self._total_steps = job.total_steps
+        self._total_steps = job.total_steps or job.stored_params.get("train_steps")
         # Tuples, since the footer is drawn by a thread of its own while steps arrive.
         self._seconds: tuple[float, ...] = ()
         self._totals: tuple[float, ...] = ()
@@ -117,13 +123,6 @@ class JobView:
                 self._lost = not over
                 self._say("The server answers again." if over else f"Waiting for the server: {reason}", "yellow")
         self._show_events()
-
-    def interrupted(self) -> None:
-        self._say(
-            f"Stopped watching; the job goes on.\n"
-            f"  watch again  rewardsmith jobs watch {self._name}\n"
-            f"  stop it      rewardsmith jobs stop {self._name}"
-        )
 
     def _enter_status(self, status: str, created_at: datetime | None) -> None:
         if status == self._status:

@@ -37,7 +37,8 @@ from rewardsmith.demo.plot import curve
 from rewardsmith.errors import RewardsmithError
 
 REPO = "countdown-demo"
-TRAIN_ROWS, HELD_OUT_ROWS = 2000, 256
+TRAIN_ROWS, HELD_OUT_ROWS = 400, 256
+THREE_NUMBERS = 0.6  # share of problems with three numbers
 SERVER_START_SECONDS = 60
 
 console = Console(highlight=False)
@@ -133,7 +134,9 @@ def _free_port() -> int:
 
 
 def _train(rs: Rewardsmith, seed: int) -> Adapter:
-    rows = countdown.rows("train", TRAIN_ROWS, seed) + countdown.rows("held_out", HELD_OUT_ROWS, seed)
+    rows = countdown.rows("train", TRAIN_ROWS, seed, THREE_NUMBERS) + countdown.rows(
+        "held_out", HELD_OUT_ROWS, seed, THREE_NUMBERS
+    )
     repo = rs.repos.create(name=REPO, description="Countdown on the embedded model", exists_ok=True)
     name = f"{REPO}-seed-{seed}"
     known = {dataset.name: dataset for dataset in rs.datasets.list()}

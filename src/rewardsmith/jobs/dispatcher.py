@@ -11,10 +11,11 @@ import logging
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from signal import Signals
+
+import httpx
 
 from rewardsmith.errors import Conflict
 from rewardsmith.jobs.local import Launcher, Ticket
@@ -25,9 +26,19 @@ log = logging.getLogger("rewardsmith.dispatcher")
 PERIOD_SECONDS = 1.0
 # Exit status of a job that was asked by SIGTERM to make room, and saved its state first.
 YIELDED = 75
-# How long a job that has to make room may take for that, and how long one may take to exit after its last report.
+# How long a job that has to make room may take for that; how long one may take to exit after its last report; and how
+# long one whose lease is over may take to be heard again, as after a laptop's sleep.
 STOP_GRACE_SECONDS = 10.0
 EXIT_GRACE_SECONDS = 30.0
+SILENCE_GRACE_SECONDS = 10.0
+
+
+@dataclass
+class _Process:
+    """When a process was first seen without a live job, and when its job was first seen with its lease over."""
+
+    over_since: float | None = None
+    silent_since: float | None = None
 
 
 class Dispatcher:
@@ -50,8 +61,8 @@ class Dispatcher:
         self._max_attempts = max_attempts
         self._slots = slots
         self._host = socket.gethostname()
-        # Every process that was seen to belong to a job here, and since when that job has been over.
-        self._processes: dict[str, float | None] = {}
+        # Every process here that was seen to belong to a job, by handle.
+        self._processes: dict[str, _Process] = {}
 
     def run(self, stop: threading.Event) -> None:
         """Until `stop` is set; then ends the jobs of this host, which go back to the queue."""
@@ -81,10 +92,7 @@ class Dispatcher:
         with ThreadPoolExecutor(len(handles)) as threads:
             list(threads.map(lambda handle: self._launcher.stop(handle, STOP_GRACE_SECONDS), handles))
         for job in mine:
-            try:
-                self._runs.release(job.uuid, job.fence)
-            except Conflict:
-                log.info("job %s ended by itself", job.uuid)
+            self._put_back(job)
 
     def _start(self, claim: Claim) -> bool:
         log.info("starting job %s, attempt %d", claim.uuid, claim.attempt)
@@ -93,7 +101,7 @@ class Dispatcher:
         except OSError as error:
             self._fail(claim.uuid, claim.fence, f"the job process cannot be started: {error}")
             return False
-        self._processes[handle] = None
+        self._processes[handle] = _Process()
         self._runs.set_handle(claim.uuid, claim.fence, handle)
         return True
 
@@ -105,26 +113,35 @@ class Dispatcher:
             return job.host == self._host and not job.expired
         if job.handle not in self._processes:
             log.info("job %s is taken over, its process %s was started earlier", job.uuid, job.handle)
-        self._processes[job.handle] = None
+        process = self._processes.setdefault(job.handle, _Process())
         if not self._launcher.alive(job.handle):
             self._ended(job, job.handle)
             return False
-        if job.expired and self._server_answers():
-            self._forget(job.handle)
-            words = self._launcher.last_words(job.uuid, job.attempt)
-            self._fail(job.uuid, job.fence, f"the job process stopped reporting and was killed; {words}")
-            return False
-        return True
+        if not job.expired or not self._server_answers():
+            process.silent_since = None
+            return True
+        process.silent_since = process.silent_since or time.monotonic()
+        if time.monotonic() - process.silent_since < SILENCE_GRACE_SECONDS:
+            return True
+        self._forget(job.handle)
+        words = self._launcher.last_words(job.uuid, job.attempt)
+        self._fail(job.uuid, job.fence, f"the job process stopped reporting and was killed; {words}")
+        return False
 
     def _ended(self, job: LiveJob, handle: str) -> None:
         code = self._launcher.exit_code(handle)
         self._forget(handle)
         if code == YIELDED:
-            log.info("job %s made room", job.uuid)
-            self._runs.release(job.uuid, job.fence)
+            self._put_back(job)
             return
         words = self._launcher.last_words(job.uuid, job.attempt)
         self._fail(job.uuid, job.fence, f"the job process {_how_it_ended(code)}; {words}")
+
+    def _put_back(self, job: LiveJob) -> None:
+        try:
+            log.info("job %s made room, it is %s", job.uuid, self._runs.release(job.uuid, job.fence).status)
+        except Conflict:
+            log.info("job %s ended by itself", job.uuid)
 
     def _fail(self, uuid: str, fence: int, reason: str) -> None:
         try:
@@ -140,9 +157,9 @@ class Dispatcher:
 
     def _outlives(self, handle: str) -> bool:
         """Whether a process is still there after its job; it has some time to exit, then it is killed."""
-        since = self._processes[handle] or time.monotonic()
-        self._processes[handle] = since
-        if self._launcher.alive(handle) and time.monotonic() - since < EXIT_GRACE_SECONDS:
+        process = self._processes[handle]
+        process.over_since = process.over_since or time.monotonic()
+        if self._launcher.alive(handle) and time.monotonic() - process.over_since < EXIT_GRACE_SECONDS:
             return True
         self._forget(handle)
         return False
@@ -155,9 +172,8 @@ class Dispatcher:
     def _server_answers(self) -> bool:
         """A silent job is not to blame while the server is away."""
         try:
-            with urllib.request.urlopen(f"{self._url}/health", timeout=2):
-                return True
-        except (urllib.error.URLError, OSError):
+            return httpx.get(f"{self._url}/health", timeout=2, trust_env=False).is_success
+        except httpx.TransportError:
             return False
 
 

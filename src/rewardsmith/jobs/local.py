@@ -170,6 +170,6 @@ def _environment() -> dict[str, str]:
     passed = {
         name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
     }
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Without PASSIVE, OpenMP threads that share their cores with the server spin away whole time slices.
     return {"OMP_NUM_THREADS": str(cores), **passed, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}

@@ -49,26 +49,29 @@ class Cursor:
 
 
 async def server_sent(store: Store, uuid: str, cursor: Cursor, closing: threading.Event) -> AsyncIterator[str]:
-    """The job, its steps and its timeline from `cursor` on, as the text of a text/event-stream."""
+    """The job whenever it changed, its steps and its timeline from `cursor` on, as the text of a text/event-stream.
+
+    A job that has ended comes last.
+    """
     told: wire.Job | None = None
     spoke = time.monotonic()
     while not closing.is_set():
         job, events, steps = await run_in_threadpool(_news, store, uuid, cursor)
+        changed = job.model_copy(update=_CHANGES_EACH_STEP)
+        if changed != told and job.status not in wire.TERMINAL:
+            yield _frame("job", job.model_dump(mode="json", by_alias=True), cursor)
+            told, spoke = changed, time.monotonic()
         for event in events:
             cursor = Cursor(_step_after(event, cursor), event.id)
             yield _frame("event", event.model_dump(mode="json", by_alias=True), cursor)
         for record in steps:
             cursor = Cursor(record.step, cursor.event)
             yield _frame("step", {"step": record.step, "epoch": record.epoch, "metrics": record.metrics}, cursor)
-        if steps:
+        if events or steps:
             spoke = time.monotonic()
-            continue  # There may be more than one page; the job is told when its steps are.
-        changed = job.model_copy(update=_CHANGES_EACH_STEP)
-        if changed != told:
-            told = changed
-            yield _frame("job", job.model_dump(mode="json", by_alias=True), cursor)
-            spoke = time.monotonic()
+            continue  # A long history comes in pages.
         if job.status in wire.TERMINAL:
+            yield _frame("job", job.model_dump(mode="json", by_alias=True), cursor)
             return
         if time.monotonic() - spoke > PING_SECONDS:
             yield ": ping\n\n"

@@ -44,6 +44,7 @@ def serve(
     Raises ConfigError or Conflict when it cannot start.
     """
     _refuse_remote(config.host, allow_remote)
+    _log_to_stderr()
     with (
         _stop_on_signal() as stop,
         _home(config.home),
@@ -68,6 +69,7 @@ def serve(
 
 def dispatch(config: ServerConfig, url: str, *, launcher: Launcher | None = None) -> None:
     """Run only a dispatcher, for a server on `url` that uses the same home. Raises ConfigError or Conflict."""
+    _log_to_stderr()
     with (
         _stop_on_signal() as stop,
         _home(config.home),
@@ -135,10 +137,14 @@ def _dispatcher(config: ServerConfig, store: Store, url: str, launcher: Launcher
     )
 
 
+def _log_to_stderr() -> None:
+    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("rewardsmith").setLevel(logging.INFO)
+
+
 @contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
     stop = threading.Event()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
 
     def ask_to_stop(number: int, frame: object) -> None:
         stop.set()

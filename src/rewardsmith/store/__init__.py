@@ -10,7 +10,7 @@
 A method is one transaction and returns wire models or small dataclasses. It raises NotFound, Conflict, Forbidden,
 Unauthorized, ConfigError or DatasetError, whose messages are for people. Every path that goes in or out is relative
 to the artifacts root, with `/` between plain names; what a job reports must have the job's uuid as one of its folders
-(`jobs/<uuid>/segments/...`, `jobs/<uuid>/checkpoints/...`). Nothing here starts a process or speaks HTTP.
+(`jobs/<uuid>/segments/...`, `checkpoints`, `states`). Nothing here starts a process or speaks HTTP.
 """
 
 from rewardsmith.config import ServerConfig

@@ -18,6 +18,7 @@ from rewardsmith.store.jobrows import best_checkpoint
 from rewardsmith.store.schema import checkpoints, jobs, repos, versions
 
 ADAPTER_ID = re.compile(r"([^/@]+)/([0-9]{1,9})(?:@([0-9]{1,9}))?")
+CHECKPOINT_FOLDERS = ("checkpoints", "states")  # of a job, as its process lays them out
 
 
 @dataclass(frozen=True)
@@ -144,5 +145,6 @@ def refuse_in_use(connection: Connection, version_ids: Iterable[int], what: str)
 
 
 def files(connection: Connection, version_ids: Iterable[int]) -> list[str]:
-    rows = connection.execute(select(checkpoints).where(checkpoints.c.version_id.in_(list(version_ids))))
-    return [path for row in rows for path in (row.path, row.state_path) if path]
+    """The folders of all checkpoints of the versions and their training states, superseded ones too."""
+    uuids = connection.scalars(select(jobs.c.uuid).where(jobs.c.version_id.in_(list(version_ids))))
+    return [f"jobs/{uuid}/{folder}" for uuid in uuids for folder in CHECKPOINT_FOLDERS]

@@ -44,7 +44,7 @@ class Database:
         if self._is_sqlite:
             if not self._url.database or self._url.database == ":memory:":
                 raise ConfigError("the database is a file: several processes share it. Write sqlite:///path/to/file")
-            Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
+            Path(self._url.database).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._engine = create_engine(self._url, pool_size=8, max_overflow=56)
         self._readers = self._engine.execution_options(read_only=True)
         if self._is_sqlite:

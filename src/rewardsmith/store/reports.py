@@ -18,8 +18,6 @@ from rewardsmith.store import jobrows, revisions
 from rewardsmith.store.artifacts import checked
 from rewardsmith.store.schema import checkpoints, job_events, jobs, metrics, now, segments, steps
 
-STATES_KEPT = 2  # checkpoints that keep their training state
-
 
 def hold(connection: Connection, uuid: str, fence: int, lease_seconds: float) -> Row[Any]:
     """The job, with its lease extended. Raises NotFound, or Conflict when `fence` does not hold it."""
@@ -64,19 +62,22 @@ def _advance(connection: Connection, job: Row[Any], report: wire.StepReport) -> 
 
 
 def checkpoint(connection: Connection, job: Row[Any], report: wire.CheckpointReport) -> None:
+    """A later save under the same number takes the place of one that was made between two regular ones."""
     own_path(job, report.path)
     if report.state_path:
         own_path(job, report.state_path)
-    mine = checkpoints.c.version_id == job.version_id
-    row = report.model_dump(exclude={"fence"}) | {"state_path": report.state_path or None}
-    known = connection.execute(select(checkpoints).where(mine, checkpoints.c.checkpoint == report.checkpoint)).first()
+    here = (checkpoints.c.version_id == job.version_id) & (checkpoints.c.checkpoint == report.checkpoint)
+    known = connection.execute(select(checkpoints).where(here)).one_or_none()
     if known is not None:
-        if known.fingerprint != report.fingerprint:
-            raise ConfigError(f"checkpoint {report.checkpoint} of job {job.uuid} is published with other weights")
-        return
+        if (known.step, known.fingerprint) == (report.step, report.fingerprint):
+            return
+        if known.step >= report.step:
+            raise ConfigError(
+                f"checkpoint {report.checkpoint} of job {job.uuid} is of step {known.step} and has other weights"
+            )
+        connection.execute(delete(checkpoints).where(here))
+    row = report.model_dump(exclude={"fence"}) | {"state_path": report.state_path or None}
     connection.execute(insert(checkpoints).values(version_id=job.version_id, created_at=now(), **row))
-    old = mine & (checkpoints.c.checkpoint <= report.checkpoint - STATES_KEPT)
-    connection.execute(update(checkpoints).where(old).values(state_path=None))
     reward = "" if report.eval_reward is None else f", held-out reward {report.eval_reward:.4g}"
     message = f"checkpoint {report.checkpoint}{reward}{', the best so far' if report.best else ''}"
     jobrows.record(connection, job, "checkpoint", message, step=report.step)

@@ -117,7 +117,7 @@ checkpoints = Table(
     Column("checkpoint", Integer, primary_key=True, autoincrement=False),
     Column("step", Integer, nullable=False),
     Column("path", Text, nullable=False),
-    Column("state_path", Text),  # training state: of the newest ones only
+    Column("state_path", Text),  # training state; only the newest is sure to be there
     Column("fingerprint", String(200), nullable=False),
     Column("eval_reward", Float),
     Column("best", Boolean, nullable=False),  # was the best when it was saved; the best is the newest of these

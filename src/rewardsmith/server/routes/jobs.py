@@ -232,7 +232,8 @@ def stream_events(
     cursor = events.Cursor.parse(last_event_id)
     store.runs.get(uuid)
     frames = events.server_sent(store, uuid, cursor, request.app.state.closing)
-    return StreamingResponse(frames, media_type="text/event-stream")
+    # Else nginx would hold the events back.
+    return StreamingResponse(frames, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
 
 @router.websocket("/{uuid}/metrics/stream")
