@@ -12,7 +12,7 @@ from processes import Server, free_port
 
 def doctor(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "rewardsmith.cli", "doctor", *arguments],
+        [sys.executable, "-m", "rewardsmith", "doctor", *arguments],
         env=os.environ | {"REWARDSMITH_HOME": str(home)} | environment,
         capture_output=True,
         text=True,

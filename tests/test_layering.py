@@ -37,6 +37,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "demo": ({"demo", "client", "config", "errors", "wire"}, {"rich"}),
     "doctor": ({"errors", "config", "catalog", "client"}, {"rich", "psutil", "torch"}),
+    "__main__": ({"cli"}, set()),
     "cli": ({"*"}, {"typer", "rich"}),
 }
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import CONTEXT, FAMILIES, WORDS, random_model, tokenizer
+from tokenizers import decoders
 
 from rewardsmith.config import SamplingParamsConfig
 from rewardsmith.errors import DeliveryError, JobCanceled, ModelError
@@ -116,7 +117,7 @@ def test_text_leaves_out_the_end_of_turn_and_nothing_else():
 
 def test_the_space_before_a_first_word_survives():
     words = tokenizer()
-    words.backend_tokenizer.decoder = __import__("tokenizers").decoders.Metaspace(" ", prepend_scheme="always")
+    words.backend_tokenizer.decoder = decoders.Metaspace(" ", prepend_scheme="always")
     assert words.decode([28, 2]) == "a"  # alone, the tokenizer drops it
     engine = PlainEngine(adapted("qwen2"), words)
     assert engine._text(5, [28, 2]) == " a"

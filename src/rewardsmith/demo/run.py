@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from rewardsmith.client.objects import Adapter, FinetuningJob
 from rewardsmith.config import (
     DEFAULT_PORT,
     GRPOConfig,
+    OptimizerConfig,
     RewardFunctionsConfig,
     SamplingParamsConfig,
+    SchedulerConfig,
     default_base_url,
     default_home,
 )
@@ -52,7 +54,8 @@ def config(seed: int) -> GRPOConfig:
         ),
         train_steps=40,
         learning_rate=1e-3,
-        lr_scheduler={"type": "constant_with_warmup"},
+        lr_scheduler=SchedulerConfig(type="constant_with_warmup"),
+        optimizer=OptimizerConfig(type="adamw_torch"),
         rank=16,
         lora_alpha=32,
         beta=0.0,
@@ -154,10 +157,10 @@ def _figures(rs: Rewardsmith, job: FinetuningJob, adapter: Adapter) -> dict[str,
         | {name: _at(series[f"eval/{name}"], point.step) for name in job.params.reward_fns}
         for point in series["eval/total_reward"]
     ]
-    training = next(e.at for e in rs.finetuning.jobs.events(job) if e.message.endswith("training"))
+    training = next(e.at for e in rs.finetuning.jobs.events(job) if e.message.startswith("training"))
     return {
         "adapter": adapter.name,
-        "adapter_path": adapter.artifact_path,
+        "adapter_path": str(default_home() / "artifacts" / str(adapter.artifact_path)),
         "steps": job.step,
         "training_seconds": round((job.updated_at - training).total_seconds(), 1) if job.updated_at else None,
         "held_out_rows": HELD_OUT_ROWS,
@@ -176,21 +179,23 @@ def _show(rs: Rewardsmith, job: FinetuningJob, figures: dict[str, Any]) -> None:
     for name, values in figures["curves"].items():
         console.print(f"\n{curve(f'{name}: mean of each step', values)}")
 
-    table = Table(title=f"{figures['held_out_rows']} held-out problems, none of them trained on", title_justify="left")
+    console.print(f"\n  {figures['held_out_rows']} held-out problems, none of them trained on")
+    table = Table()
     table.add_column("after step", justify="right")
     for name in figures["curves"]:
         table.add_column(name, justify="right")
     for evaluation in figures["evaluations"]:
         label = f"{evaluation['step']}" if evaluation["step"] else "0 (base model)"
         table.add_row(label, *(f"{evaluation[name]:.1%}" for name in figures["curves"]))
-    console.print("\n", table, sep="")
+    console.print(table)
 
     for before, after in _pairs(rs, job):
-        table = Table(title=_problem(before.prompt), title_justify="left", expand=True)
+        console.print(f"\n  {_problem(before.prompt)}")
+        table = Table(expand=True)
         for side, completion in (("base model", before), ("adapter", after)):
             table.add_column(f"{side}: {_marks(completion.scores)}", ratio=1)
         table.add_row(Text(before.completion), Text(after.completion))
-        console.print("\n", table, sep="")
+        console.print(table)
 
     gain = figures["after"]["equation"] - figures["before"]["equation"]
     console.print(
@@ -199,6 +204,7 @@ def _show(rs: Rewardsmith, job: FinetuningJob, figures: dict[str, Any]) -> None:
         f"in {figures['steps']} steps, {figures['training_seconds']:.0f} s of training"
     )
     console.print(f"Adapter {figures['adapter']}: {figures['adapter_path']}", soft_wrap=True)
+    console.print(f"A copy to keep: rewardsmith adapters download {figures['adapter']}", soft_wrap=True)
 
 
 def _pairs(rs: Rewardsmith, job: FinetuningJob) -> list[tuple[Any, Any]]:
@@ -223,9 +229,8 @@ def _marks(scores: dict[str, float | None]) -> str:
 
 def _serve_until_interrupted(url: str) -> None:
     console.print(f"\nThe server goes on at [bold]{url}[/bold]. Ctrl-C ends it.")
-    with nullcontext():
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            console.print("\nStopping the server.")
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        console.print("\nStopping the server.")
