@@ -6,6 +6,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+# Models this small gain nothing from a second thread, and on a busy machine lose much by it.
+torch.set_num_threads(1)
+
 WORDS = ["<pad>", "<end>", *"abcdefghijklmnopqrstuvwxyz", " "]
 PADDED_VOCAB = 40
 CONTEXT = 64

@@ -291,6 +291,21 @@ def test_functions_share_no_names_and_programs_and_pools_work() -> None:
     assert [s.value for s in score.values()] == [1.0, 0.0, 6.0], score
 
 
+def test_memory_filled_by_earlier_calls_is_not_blamed_on_a_later_one() -> None:
+    def leaks(prompt, completion, example):
+        global kept
+        try:
+            kept.append(bytearray(50_000_000))
+        except NameError:
+            kept = [bytearray(50_000_000)]
+        return float(completion)
+
+    completions = [str(number) for number in range(12)]
+    with RewardPool([named("leaks", leaks)], workers=2, limits=Limits(memory_bytes=200 * 2**20)) as pool:
+        scores = pool.score([Group("p", {}, completions)])[0]
+    assert [(score["leaks"].outcome, score["leaks"].value) for score in scores] == [("ok", float(n)) for n in range(12)]
+
+
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 

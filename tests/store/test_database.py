@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 from alembic import command
-from sqlalchemy import insert, select
+from sqlalchemy import Table, insert, select
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateTable
 
 from rewardsmith.errors import ConfigError
 from rewardsmith.store.database import Database, migration_config
-from rewardsmith.store.schema import users
+from rewardsmith.store.schema import metadata, users
 
 
 @pytest.fixture
@@ -27,6 +29,11 @@ def _user(name: str) -> dict[str, object]:
 def test_migrations_make_exactly_the_schema(database: Database) -> None:
     with database.write() as connection:
         command.check(migration_config(connection))  # raises when autogenerate finds an operation
+
+
+@pytest.mark.parametrize("table", metadata.sorted_tables, ids=str)
+def test_postgres_can_have_every_table(table: Table) -> None:
+    assert "sqlite" not in str(CreateTable(table).compile(dialect=postgresql.dialect())).lower()
 
 
 def test_migrations_can_be_taken_back(database: Database) -> None:

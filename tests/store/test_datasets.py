@@ -1,5 +1,8 @@
+import contextlib
 import json
+import os
 import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
@@ -118,14 +121,37 @@ def test_an_abandoned_upload_leaves_nothing(store: Store) -> None:
 
 def test_an_upload_expires_with_its_file(store: Store, tmp_path: Path) -> None:
     token = store.datasets.begin_upload("rows.jsonl", OWNER_ID)
-    store.datasets.upload_file(token).write_bytes(ROWS)
+    path = store.datasets.upload_file(token)
+    path.write_bytes(ROWS)
+    os.utime(path, (0, 0))
     with sqlite3.connect(tmp_path / "db" / "rewardsmith.sqlite") as database:
         database.execute("UPDATE uploads SET expires_at = '2020-01-01 00:00:00.000000'")
     database.close()
     with pytest.raises(NotFound, match="older than an hour"):
         store.datasets.finish_upload("sums", token, OWNER_ID)
+    young = store.datasets.upload_file(store.datasets.begin_upload("rows.jsonl", OWNER_ID))
+    young.write_bytes(ROWS)
     store.datasets.begin_upload("other.jsonl", OWNER_ID)
-    assert files(store) == []
+    assert not path.exists() and young.exists()
+
+
+def test_one_upload_finished_twice_at_once_makes_one_dataset(store: Store) -> None:
+    token = store.datasets.begin_upload("rows.jsonl", OWNER_ID)
+    store.datasets.upload_file(token).write_bytes(ROWS * 1000)
+    made: list[str] = []
+    start = threading.Barrier(2)
+
+    def finish_as(name: str) -> None:
+        start.wait()
+        with contextlib.suppress(NotFound):
+            made.append(store.datasets.finish_upload(name, token, OWNER_ID).name)
+
+    threads = [threading.Thread(target=finish_as, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(made) == 1 and [found.name for found in store.datasets.list()] == made
 
 
 def test_other_formats_are_refused_before_anything_is_sent(store: Store) -> None:

@@ -166,8 +166,10 @@ def test_a_claim_is_a_live_job_with_a_lease_and_a_handle(store: Store) -> None:
     store.runs.extend_leases(-1)
     store.runs.heartbeat(job.uuid, wire.Heartbeat(fence=1), 60)
     assert not store.runs.live()[0].expired
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="fence 2 does not hold"):
         store.runs.set_handle(job.uuid, 2, "x")
+    finish(store, claimed)
+    store.runs.set_handle(job.uuid, 1, "late")
 
 
 def test_only_the_holder_of_the_fence_may_write(store: Store) -> None:
@@ -197,7 +199,6 @@ def _refused(store: Store, claimed: Claim, why: str) -> None:
         lambda: store.runs.report_event(uuid, event, LEASE),
         lambda: finish(store, claimed, "errored", error="x"),
         lambda: store.runs.spec(uuid, fence),
-        lambda: store.runs.set_handle(uuid, fence, "x"),
         lambda: store.runs.release(uuid, fence),
         lambda: store.runs.fail_attempt(uuid, fence, "x", 3),
     ]

@@ -57,10 +57,10 @@ def straightforward(model: PeftModel, job: GRPOConfig) -> tuple[float, dict[str,
         for s in group
     ]
     counted = [item for item in everything if item[2] is not None]
-    all_totals = torch.tensor([item[2] for item in counted])
+    all_totals = torch.tensor([item[2] for item in counted], dtype=torch.float64)
     losses = []
     for prompt, ids, total, g in counted:
-        own_group = torch.tensor([t for t in TOTALS[g] if t is not None])
+        own_group = torch.tensor([t for t in TOTALS[g] if t is not None], dtype=torch.float64)
         advantage = 0.0
         if len(own_group) > 1 and own_group.max() > own_group.min():
             spread = {"group_std": own_group.std(), "group_mean": 1 - 1e-6, "batch_std": all_totals.std()}
@@ -89,7 +89,7 @@ def straightforward(model: PeftModel, job: GRPOConfig) -> tuple[float, dict[str,
     }[job.loss]()
     model.zero_grad()
     loss.backward()
-    return float(loss), gradient(model)
+    return float(loss.detach()), gradient(model)
 
 
 def gradient(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -187,7 +187,7 @@ def test_the_base_and_the_engines_adapter_get_no_gradient_and_do_not_move():
 
 
 def test_dropout_acts_on_the_adapter_and_is_the_same_in_a_repeated_step():
-    job, model = config(lora_dropout=0.5), policy(lora_dropout=0.5)
+    job, model = config(lora_dropout=0.5, learning_rate=1e-12), policy(lora_dropout=0.5)
     optimizer = make_optimizer(model, job.optimizer, 1e-12)
     batch = examples(with_advantages(groups(), job), job, MAX_TOKENS)
     norms = [

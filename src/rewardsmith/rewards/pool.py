@@ -48,7 +48,7 @@ class Group:
 
 @dataclass(slots=True)
 class _Call:
-    """One function on one completion. After a suspicion it travels alone."""
+    """One function on one completion. `alone`: its chunk broke the protocol, so it may not share one again."""
 
     group: int
     completion: int
@@ -63,6 +63,7 @@ class _Worker:
 
     process: WorkerProcess
     to_load: int
+    fresh: bool = True
     waiting: deque[_Call] = field(default_factory=deque)
     done: list[tuple[_Call, Result]] = field(default_factory=list)
 
@@ -96,6 +97,7 @@ class RewardPool:
         self._groups: Sequence[Group] = ()
         self._examples: list[str] = []
         self._queue: deque[_Call] = deque()
+        self._suspects: deque[_Call] = deque()  # each ended a worker and gets its second try in a fresh one
         self._scores: dict[tuple[int, int, int], Score] = {}
         self._spawner = ThreadPoolExecutor(1, thread_name_prefix="reward-spawner")
         self._scratch = tempfile.mkdtemp(prefix="rewardsmith-rewards-")
@@ -148,6 +150,7 @@ class RewardPool:
                 for c in range(len(group.completions))
                 for f in functions
             )
+            self._suspects.clear()
             self._scores, self._failed_starts, wanted = {}, [], len(self._queue)
             try:
                 for worker in list(self._workers):
@@ -224,20 +227,26 @@ class RewardPool:
     # ---- calls ------------------------------------------------------------------------------------------------------
 
     def _hand_out(self) -> None:
+        """Give idle workers something to do, replace missing ones, give up when none can be started."""
         for worker in self._workers:
-            if worker.idle and self._queue:
-                worker.waiting = self._next_chunk()
-                worker.process.call(self._order(worker.waiting), len(worker.waiting))
-        for _ in range(min(self.workers - len(self._workers), len(self._queue))):
+            chunk = self._next_chunk(worker.fresh) if worker.idle else None
+            if chunk:
+                worker.waiting, worker.fresh = chunk, False
+                worker.process.call(self._order(chunk), len(chunk))
+        for _ in range(min(self.workers - len(self._workers), len(self._queue) + len(self._suspects))):
             if len(self._failed_starts) < TRIES:
                 self._spawn()
-        if not self._workers:
-            while self._queue:
-                error = f"no worker could be started: {self._failed_starts[-1]}"
-                self._settle(self._queue.popleft(), Result("infrastructure", 0.0, 0.0, error=error))
+        while not self._workers and (self._queue or self._suspects):
+            call = (self._suspects or self._queue).popleft()
+            error = f"no worker could be started: {self._failed_starts[-1]}"
+            self._settle(call, Result("infrastructure", 0.0, 0.0, error=error))
 
-    def _next_chunk(self) -> deque[_Call]:
+    def _next_chunk(self, fresh: bool) -> deque[_Call] | None:
         """Large chunks while there is much to do, single calls towards the end, so that all workers finish together."""
+        if self._suspects and (fresh or len(self._failed_starts) >= TRIES):
+            return deque([self._suspects.popleft()])
+        if not self._queue:
+            return None
         chunk = deque([self._queue.popleft()])
         size = min(MAX_CHUNK, len(self._queue) // (4 * self.workers))
         characters = len(self._text(chunk[0]))
@@ -271,7 +280,7 @@ class RewardPool:
             else:
                 self._lost(worker, result.outcome, result.error)
         elif result.outcome == "out_of_memory":
-            # Earlier calls may have filled the worker: a fresh one tells.
+            # Earlier calls may have filled the worker; a fresh one tells.
             self._lost(worker, "out_of_memory", result.error, result.prints)
         else:
             worker.done.append((worker.waiting.popleft(), result))
@@ -293,9 +302,9 @@ class RewardPool:
         self._settle_done(worker)
         call = worker.waiting.popleft()
         self._queue.extendleft(reversed(worker.waiting))
-        call.alone, call.killed = True, call.killed + 1
+        call.killed += 1
         if call.killed < TRIES:
-            self._queue.appendleft(call)
+            self._suspects.append(call)
         else:
             self._settle(call, Result(outcome, 0.0, seconds, prints, error))
 

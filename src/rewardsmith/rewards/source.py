@@ -145,11 +145,11 @@ def _fix_for(name: str, value: object) -> str:
     if isinstance(value, ModuleType):
         alias = "" if value.__name__ == name else f" as {name}"
         return f"write `import {value.__name__}{alias}` inside it"
-    home, original = getattr(value, "__module__", None), getattr(value, "__name__", name)
-    if isinstance(home, str) and home.partition(".")[0] in sys.stdlib_module_names:
-        if getattr(sys.modules.get(home), original, None) is value:
-            alias = "" if original == name else f" as {name}"
-            return f"write `from {home} import {original}{alias}` inside it"
+    home, original = str(getattr(value, "__module__", "")), getattr(value, "__name__", name)
+    of_library = home.partition(".")[0] in sys.stdlib_module_names
+    if of_library and getattr(sys.modules.get(home), original, None) is value:
+        alias = "" if original == name else f" as {name}"
+        return f"write `from {home} import {original}{alias}` inside it"
     if callable(value):
         return f"define `{name}` inside it"
     return f"give `{name}` its value inside it, or take it from `example`"

@@ -58,7 +58,7 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """Alone from its start to its end: keep it short, and no files or network inside."""
+        """Alone from its start to its end, so keep it short."""
         with self._engine.begin() as connection:
             yield connection
 

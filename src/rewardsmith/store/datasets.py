@@ -5,9 +5,11 @@ Two datasets with the same rows share one file. A refused upload leaves nothing 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import secrets
+import time
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
@@ -38,14 +40,12 @@ class Datasets:
     def begin_upload(self, file_name: str, user_id: int) -> str:
         """A token, good for one hour and one upload; `file_name` gives the format. DatasetError for another format."""
         format_of(file_name)
+        self._sweep()
         token = secrets.token_urlsafe(32)
         row = {"file_name": file_name, "user_id": user_id, "received": False, "expires_at": now() + UPLOAD_LIFETIME}
         with self._database.write() as connection:
-            expired = delete(uploads).where(uploads.c.expires_at < now()).returning(uploads.c.token_sha256)
-            stale = connection.scalars(expired).all()
+            connection.execute(delete(uploads).where(uploads.c.expires_at < now()))
             connection.execute(insert(uploads).values(token_sha256=_digest(token), **row))
-        for digest in stale:
-            self._file(digest).unlink(missing_ok=True)
         return token
 
     def upload_file(self, token: str) -> Path:
@@ -72,10 +72,11 @@ class Datasets:
         Raises DatasetError with row numbers and reasons (nothing is kept then), Conflict for a taken name, NotFound
         for an unknown token, Forbidden for somebody else's.
         """
-        with self._database.read() as connection:
+        with self._database.write() as connection:
             upload = _find_upload(connection, token)
-        if upload.user_id != user_id:
-            raise Forbidden("this upload was begun by somebody else")
+            if upload.user_id != user_id:
+                raise Forbidden("this upload was begun by somebody else")
+            connection.execute(delete(uploads).where(uploads.c.id == upload.id))
         received, canonical = self._file(upload.token_sha256), self._file(upload.token_sha256 + ".jsonl")
         try:
             _check_name(name)
@@ -86,8 +87,8 @@ class Datasets:
             summary = check_file(received, upload.file_name, canonical, self._max_bytes)
             return self._register(name, canonical, summary, user_id)
         finally:
+            received.unlink(missing_ok=True)
             canonical.unlink(missing_ok=True)
-            self.abandon_upload(token)
 
     def get(self, ref: str) -> wire.Dataset:
         """By name, `connection/name` or uuid. Raises NotFound."""
@@ -127,6 +128,14 @@ class Datasets:
 
     def _file(self, name: str) -> Path:
         return self._artifacts.scratch() / f"upload-{name}"
+
+    def _sweep(self) -> None:
+        """Remove what uploads left behind that were begun and never finished, or whose process was killed."""
+        oldest = time.time() - UPLOAD_LIFETIME.total_seconds()
+        for file in self._artifacts.scratch().iterdir():
+            with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+                if file.stat().st_mtime < oldest:
+                    file.unlink()
 
     def _register(self, name: str, canonical: Path, summary: Summary, user_id: int) -> wire.Dataset:
         path = dataset_path(summary.sha256)

@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, or_, select, update
 
 from rewardsmith import wire
+from rewardsmith.errors import Conflict
 from rewardsmith.store import jobrows, revisions
 from rewardsmith.store.registry import add_token
 from rewardsmith.store.schema import checkpoints, jobs, metrics, now, segments, steps
@@ -93,6 +94,13 @@ def _total_reward(connection: Connection, job: Row[Any], step: int) -> float | N
     return connection.scalar(select(metrics.c.value).where(here))
 
 
+def set_handle(connection: Connection, uuid: str, fence: int, handle: str) -> None:
+    """Also of a job that has ended by now: its process was faster than the dispatcher."""
+    held = update(jobs).where(jobs.c.uuid == uuid, jobs.c.fence == fence)
+    if not connection.execute(held.values(handle=handle)).rowcount:
+        raise Conflict(f"fence {fence} does not hold job {uuid}")
+
+
 def live(connection: Connection) -> list[LiveJob]:
     clock = now()
     query = select(jobs).where(jobs.c.status.in_(jobrows.LIVE)).order_by(jobs.c.id)
@@ -127,8 +135,8 @@ def fail_attempt(connection: Connection, uuid: str, fence: int, reason: str, max
     if _ended_as_asked(connection, job):
         return
     if job.failures >= max_attempts:
-        tries = f"{job.failures} attempts in a row made no progress" if job.failures > 1 else "the attempt failed"
-        jobrows.end_without_process(connection, job, "errored", f"{tries}; the last one: {reason}")
+        many = f"{job.failures} attempts in a row made no progress; the last one: "
+        jobrows.end_without_process(connection, job, "errored", (many if job.failures > 1 else "") + reason)
         return
     wait = min(2 ** (job.failures - 1), LONGEST_BACKOFF_SECONDS)
     message = f"queued again for {wait} s: attempt {job.attempt} failed: {reason}"

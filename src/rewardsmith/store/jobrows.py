@@ -109,7 +109,7 @@ def _current_revision() -> Any:
 def control(connection: Connection, job: Row[Any]) -> wire.Control:
     """What the job's process is told."""
     revision = connection.scalar(select(_current_revision()).select_from(jobs).where(jobs.c.id == job.id))
-    return wire.Control(action=job.action, paused=job.paused_reason is not None, revision=revision or 1)
+    return wire.Control(action=job.action, paused=job.paused_reason is not None, revision=revision)
 
 
 def described() -> Select[Any]:

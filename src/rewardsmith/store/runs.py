@@ -184,8 +184,9 @@ class Runs:
             return jobqueue.claim(connection, host, lease_seconds)
 
     def set_handle(self, uuid: str, fence: int, handle: str) -> None:
+        """How the launcher calls the process of this attempt. Raises Conflict for another attempt's fence."""
         with self._database.write() as connection:
-            jobrows.fenced(connection, uuid, fence, handle=handle)
+            jobqueue.set_handle(connection, uuid, fence, handle)
 
     def live(self) -> builtins.list[LiveJob]:
         """Jobs in training or stopping, of all hosts, oldest first."""

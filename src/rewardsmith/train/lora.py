@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def attach(base: PreTrainedModel, config: GRPOConfig, base_name: str) -> PeftMod
             f"Its linear layers: {', '.join(sorted(linear))}"
         ) from None
     model.peft_config[POLICY].base_model_name_or_path = base_name
-    model.add_adapter(ROLLOUT, model.peft_config[POLICY])
+    model.add_adapter(ROLLOUT, copy(model.peft_config[POLICY]))
     model.set_adapter(POLICY)
     return model
 

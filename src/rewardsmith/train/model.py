@@ -9,7 +9,14 @@ import inspect
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils.hub import cached_file
 
 from rewardsmith.errors import ModelError
 
@@ -22,7 +29,7 @@ def load_base(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = _tokenizer(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"base model {source!r} cannot be loaded: {_reason(error)}") from error
@@ -35,6 +42,17 @@ def load_base(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model.requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]
     return model.train(False), tokenizer
+
+
+def _tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """As tokenizer.json says. AutoTokenizer goes by the architecture and rebuilds, say, any Qwen2's in Qwen2's way,
+    which gives other ids where a model has a tokenizer of its own; it is left for models without that file.
+    """
+    if cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False):
+        tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(source)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    return tokenizer
 
 
 def _reason(error: Exception) -> str:
