@@ -81,7 +81,7 @@ REFUSED_FORMS: dict[str, tuple[Any, str]] = {
     "no base64": ({"a": {"encodedFn": "not base64!"}}, "not base64 of UTF-8"),
     "base64 of bytes": ({"a": {"encodedFn": base64.b64encode(b"\xff\xfe").decode()}}, "not base64 of UTF-8"),
     "an unknown setting": ({"a": {"encodedFn": "", "wieght": 2}}, "RewardFunction has no field 'wieght'; did you mean"),
-    "an unknown level": ({"functions": {"a": short}, "packages": []}, "RewardFunction has no field 'a'"),
+    "an unknown level": ({"functions": {"a": short}, "packages": []}, "RewardFunctionsConfig has no field 'packages'"),
 }
 
 
@@ -291,3 +291,13 @@ def test_where_things_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert server.database_url == f"sqlite:///{tmp_path}/rewardsmith.sqlite"
     assert server.artifacts_url == f"file://{tmp_path}/artifacts"
     assert server.token_file.parent == tmp_path
+
+
+def test_a_refused_assignment_changes_nothing() -> None:
+    config = GRPOConfig(num_generations=8)
+    for name, value in (("learning_rate", -1), ("effective_batch_size", 100), ("learning_rte", 1e-4)):
+        before = config.to_wire()
+        with pytest.raises(ConfigError, match=name):
+            setattr(config, name, value)
+        assert config.to_wire() == before
+        assert config.effective_batch_size == 16

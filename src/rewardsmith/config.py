@@ -11,7 +11,7 @@ import base64
 import binascii
 import difflib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -29,8 +29,13 @@ RESERVED_REWARD_NAMES = {"total_reward", "total_reward_std"}
 class Section(BaseModel):
     """A group of settings. Unknown fields are refused, None means "not set", errors come as ConfigError."""
 
+    # No inf or nan: JSON has no word for them, so they would be stored as "not set".
     model_config = ConfigDict(
-        extra="forbid", validate_assignment=True, populate_by_name=True, arbitrary_types_allowed=True
+        extra="forbid",
+        validate_assignment=True,
+        populate_by_name=True,
+        arbitrary_types_allowed=True,
+        allow_inf_nan=False,
     )
 
     def __init__(self, /, **fields: Any) -> None:
@@ -39,17 +44,26 @@ class Section(BaseModel):
         try:
             super().__init__(**given)
         except ValidationError as error:
-            causes = [item.get("ctx", {}).get("error") for item in error.errors()]
-            of_source = any(isinstance(cause, RewardSourceError) for cause in causes)
-            kind = RewardSourceError if of_source else ConfigError
-            raise kind(_explain(type(self).__name__, error)) from None
+            raise _explained(type(self).__name__, error) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse_unknown([name])
+        before, was_set = dict(self.__dict__), name in self.model_fields_set
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            # Checks of the whole section run with the new value in place; a refused change changes nothing.
+            self.__dict__.update(before)
+            if not was_set:
+                self.model_fields_set.discard(name)
+            raise _explained(type(self).__name__, error) from None
 
     @classmethod
     def _unfolded(cls, fields: dict[str, Any]) -> dict[str, Any]:
         return fields
 
     @classmethod
-    def _refuse_unknown(cls, given: Mapping[str, Any]) -> None:
+    def _refuse_unknown(cls, given: Iterable[str]) -> None:
         known = {*cls.model_fields, *(f.alias for f in cls.model_fields.values() if f.alias)}
         for name in given:
             if name not in known:
@@ -78,7 +92,7 @@ def _nearest(name: str, known: list[str]) -> str | None:
     return max(contained, key=len) if contained else close[0] if close else None
 
 
-def _explain(owner: str, error: ValidationError) -> str:
+def _explained(owner: str, error: ValidationError) -> ConfigError:
     """One sentence for each thing pydantic found, naming the field."""
     lines = []
     for item in error.errors():
@@ -86,7 +100,8 @@ def _explain(owner: str, error: ValidationError) -> str:
         text = item["msg"].removeprefix("Value error, ")
         given = f" (given: {item['input']!r})" if where and isinstance(item["input"], (str, int, float, bool)) else ""
         lines.append(f"{owner}.{where}: {text}{given}" if where and not text.startswith(owner) else text)
-    return "; ".join(lines)
+    of_source = any(isinstance(item.get("ctx", {}).get("error"), RewardSourceError) for item in error.errors())
+    return (RewardSourceError if of_source else ConfigError)("; ".join(lines))
 
 
 class SamplingParamsConfig(Section):
@@ -208,7 +223,9 @@ class RewardFunctionsConfig(Section):
         """From any accepted form, also a bare `{name: function}` or a list."""
         if isinstance(value, cls):
             return value
-        if isinstance(value, Mapping) and value and set(value) <= {"functions", "runtime"}:
+        if isinstance(value, Mapping) and (
+            isinstance(value.get("functions"), (Mapping, list, tuple)) or set(value) == {"runtime"}
+        ):
             return cls(**value)
         return cls(functions=value)
 

@@ -120,6 +120,25 @@ def test_stop_clears_up_after_one_that_was_killed_itself(tmp_path: Path):
     wait_until(lambda: gone(child), "the child is gone", 10)
 
 
+def test_what_an_adopted_process_left_behind_is_cleared_up_while_its_status_is_unread(tmp_path: Path):
+    program = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    first = launcher(tmp_path, program)
+    handle = first.start(TICKET)
+    child = int(wait_until(lambda: words(tmp_path).strip(), "the child is there", 10))
+    os.kill(pid_of(handle), signal.SIGKILL)
+    successor = LocalLauncher(tmp_path)
+    wait_until(lambda: not successor.alive(handle), "it is a zombie", 10)
+    assert psutil.Process(pid_of(handle)).status() == psutil.STATUS_ZOMBIE
+    successor.stop(handle, 0)
+    wait_until(lambda: gone(child), "the child is gone", 10)
+    assert first.exit_code(handle) == -signal.SIGKILL
+
+
 def gone(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

@@ -42,6 +42,8 @@ def test_numbers_that_are_none_are_refused(api: Running):
         url = f"/v2/journal/{journal.claim.uuid}/report"
         headers = {**journal.headers, "Content-Type": "application/json"}
         assert api.anyone.post(url, content=body, headers=headers).status_code in (400, 422)
+    for answer in (journal.step(10**30), journal.post("event", kind="info", message="m", step=10**30)):
+        assert answer.status_code == 400 and "too large" in answer.json()["error"]
 
 
 def test_a_request_to_stop_reaches_the_job(api: Running):

@@ -1,13 +1,13 @@
 """What makes a job: checked configs, defaults, inheritance, reward functions that load."""
 
+import base64
+import json
 from typing import Any
 
 import pytest
 from server.running import LENGTH, Running, encoded, job_request
 
 from rewardsmith.config import GRPOConfig
-
-NO_PROMPT = "def late(prompt, completion, example):\n    import no_such_module\n    return 1\n"
 
 
 def rewards(**functions: str) -> dict[str, Any]:
@@ -61,9 +61,15 @@ def test_a_wrong_config_is_refused_by_name(api: Running, params: dict[str, Any],
     assert says in refused(api, job_request(**params))
 
 
-def test_a_broken_reward_function_is_refused_with_its_line(api: Running):
-    import base64
+def test_numbers_that_json_can_spell_but_not_carry_are_refused(api: Running):
+    headers = {"Content-Type": "application/json"}
+    for spelling in ("1e999", "NaN", "Infinity"):
+        body = json.dumps(job_request(clip_high=0)).replace('"clip_high": 0', f'"clip_high": {spelling}')
+        answer = api.http.post("/v2/finetuning/jobs", content=body, headers=headers)
+        assert answer.status_code == 400 and "clip_high" in answer.json()["error"]
 
+
+def test_a_broken_reward_function_is_refused_with_its_line(api: Running):
     source = "def broken(prompt, completion, example):\n    return undefined_name\n"
     text = refused(api, job_request(rewardFns=rewards(bad=base64.b64encode(source.encode()).decode())))
     assert "'bad'" in text and "line 2" in text and "undefined_name" in text

@@ -72,9 +72,15 @@ def test_a_report_sent_again_changes_nothing(store: Store) -> None:
         store.telemetry.steps(claimed.uuid),
         store.telemetry.segments(claimed.uuid),
     )
+
+
+def test_a_late_report_does_not_take_the_job_back(store: Store) -> None:
+    create_job(store)
+    claimed = claim(store)
     report_step(store, claimed, 2)
     report_step(store, claimed, 1)
-    assert store.runs.get(claimed.uuid).step == 2
+    assert (store.runs.get(claimed.uuid).step, store.runs.get(claimed.uuid).total_reward) == (2, 0.02)
+    assert [record.step for record in store.telemetry.steps(claimed.uuid)] == [1, 2]
 
 
 def test_metrics_that_are_no_numbers_are_refused_whole(store: Store) -> None:

@@ -139,19 +139,13 @@ class LocalLauncher:
         child = self._children.get(handle)
         if child is not None and child.poll() is not None:
             return None
-        pid, started = _parsed(handle)
-        try:
-            process = psutil.Process(pid)
-            # The start time is computed from the boot time, which shifts a little when the clock is set.
-            same = abs(process.create_time() - started) < 1.0
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.NoSuchProcess:
-            return None
+        process = _found(handle)
+        return process if process and process.status() != psutil.STATUS_ZOMBIE else None
 
     def _kill_session(self, handle: str) -> None:
         """Kills the job process and the members of its session, which outlive it when it was killed itself."""
         leader, _ = _parsed(handle)
-        if psutil.pid_exists(leader) and not self.alive(handle):
+        if psutil.pid_exists(leader) and not _found(handle):
             return  # The pid is another process by now, and so is the session.
         for pid in psutil.pids():
             try:
@@ -159,6 +153,17 @@ class LocalLauncher:
                     psutil.Process(pid).kill()
             except (ProcessLookupError, psutil.NoSuchProcess):
                 continue
+
+
+def _found(handle: str) -> psutil.Process | None:
+    """The process that a handle was made for, also when it is dead and nobody has read its status."""
+    pid, started = _parsed(handle)
+    try:
+        process = psutil.Process(pid)
+        # The start time is computed from the boot time, which shifts a little when the clock is set.
+        return process if abs(process.create_time() - started) < 1.0 else None
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _parsed(handle: str) -> tuple[int, float]:

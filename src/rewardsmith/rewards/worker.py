@@ -30,7 +30,6 @@ RESULT = struct.Struct("<QBBddII")
 OUTCOMES = ("ok", "not_a_number", "exception", "out_of_memory", "output_limit", "none")
 KEPT_BYTES = 4096  # of the prints, and of the error text, of one call
 MAX_TEXT_BYTES = KEPT_BYTES + 100  # with the remark that something was cut
-
 STDERR = 2
 
 Verdict = tuple[str, float, str]  # outcome, value, error text

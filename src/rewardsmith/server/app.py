@@ -44,7 +44,8 @@ def create_app(config: ServerConfig, store: Store) -> FastAPI:
             RewardsmithError: boundary.refuse_rewardsmith_error,
             HTTPException: boundary.refuse_http_error,
             RequestValidationError: boundary.refuse_invalid,
-            UnicodeEncodeError: boundary.refuse_unpaired_surrogate,
+            UnicodeEncodeError: boundary.refuse_unstorable,
+            OverflowError: boundary.refuse_unstorable,
         },
     )
     app.state.store = store

@@ -70,9 +70,10 @@ async def refuse_invalid(request: Request, error: Exception) -> JSONResponse:
     return refusal(request.scope, 422, "; ".join(sentences) + more)
 
 
-async def refuse_unpaired_surrogate(request: Request, error: Exception) -> JSONResponse:
-    """JSON can spell half a character, which no database or file takes."""
-    return refusal(request.scope, 400, f"a text in the request is not valid Unicode: {error}")
+async def refuse_unstorable(request: Request, error: Exception) -> JSONResponse:
+    """JSON can spell half a character and numbers of any size, which no database takes."""
+    what = "a text in the request is not valid Unicode" if isinstance(error, UnicodeError) else "a number is too large"
+    return refusal(request.scope, 400, f"{what}: {error}")
 
 
 def _internal(scope: Scope, error: BaseException) -> JSONResponse:

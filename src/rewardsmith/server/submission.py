@@ -26,14 +26,20 @@ FIXED_WHEN_CONTINUING = ("base_model", "rank", "lora_alpha", "target_modules")
 
 
 @dataclass(frozen=True)
-class Submission:
-    """A job that may be created. `params` is the whole config as it is stored, reward sources included."""
+class Change:
+    """Reward functions that may be used. `params` is the whole config with them, as it is stored."""
 
     params: dict[str, Any]
+    functions: list[wire.RevisionFunction]
+
+
+@dataclass(frozen=True)
+class Submission(Change):
+    """A job that may be created."""
+
     dataset: str
     base_model: str
     base_model_source: str
-    functions: list[wire.RevisionFunction]
 
 
 def check_job(request: wire.JobRequest, store: Store) -> Submission:
@@ -62,8 +68,8 @@ def check_job(request: wire.JobRequest, store: Store) -> Submission:
     )
 
 
-def check_change(job: wire.Job, sent: dict[str, Any]) -> Submission | None:
-    """The submission of `job` with the reward functions of `sent`; None when they are those it has.
+def check_change(job: wire.Job, sent: dict[str, Any]) -> Change | None:
+    """The reward functions of `sent` in the config of `job`; None when they are those it has.
 
     A field that is missing or None in `sent` keeps its value, and so do settings of a function that keeps its name.
     Raises ConfigError naming every other field that differs.
@@ -83,13 +89,7 @@ def check_change(job: wire.Job, sent: dict[str, Any]) -> Submission | None:
         return None
     functions = _checked_functions(rewards)
     stored.reward_fns = rewards
-    return Submission(
-        params=stored.model_dump(mode="json", by_alias=True),
-        dataset=job.dataset_name,
-        base_model=job.base_model,
-        base_model_source=catalog.source_of(job.base_model),
-        functions=functions,
-    )
+    return Change(params=stored.model_dump(mode="json", by_alias=True), functions=functions)
 
 
 def _parent(ref: str, store: Store) -> wire.Job:

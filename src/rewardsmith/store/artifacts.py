@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import threading
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
@@ -34,6 +35,7 @@ class Artifacts:
         self.url = url
         parts = urlsplit(url)
         self._is_local = parts.scheme == "file"
+        self._evicting = threading.Lock()
         try:
             if self._is_local:
                 self.local_root = Path(unquote(parts.path))
@@ -96,7 +98,8 @@ class Artifacts:
             with tempfile.NamedTemporaryFile(dir=copy.parent, delete=False) as file:
                 file.write(content)
             Path(file.name).replace(copy)
-            self._evict(keep=copy)
+            with self._evicting:
+                self._evict(keep=copy)
         copy.touch()
         return copy
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
 from starlette.concurrency import run_in_threadpool
 
@@ -48,9 +50,12 @@ def list_datasets(caller: Caller, store: StoreOf) -> dict[str, dict[str, list[wi
 
 @router.get("/v1/datasets/name/{name}")
 def get_dataset(
-    name: str, caller: Caller, store: StoreOf, connectionName: str = wire.DEFAULT_CONNECTION
+    name: str,
+    caller: Caller,
+    store: StoreOf,
+    connection: Annotated[str, Query(alias="connectionName")] = wire.DEFAULT_CONNECTION,
 ) -> wire.Dataset:
-    return store.datasets.get(f"{connectionName}/{name}")
+    return store.datasets.get(f"{connection}/{name}")
 
 
 @router.get("/v2/datasets/{ref}/download-link")
