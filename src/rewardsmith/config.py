@@ -30,13 +30,7 @@ class Section(BaseModel):
     """A group of settings. Unknown fields are refused, None means "not set", errors come as ConfigError."""
 
     # No inf or nan: JSON has no word for them, so they would be stored as "not set".
-    model_config = ConfigDict(
-        extra="forbid",
-        validate_assignment=True,
-        populate_by_name=True,
-        arbitrary_types_allowed=True,
-        allow_inf_nan=False,
-    )
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, populate_by_name=True, allow_inf_nan=False)
 
     def __init__(self, /, **fields: Any) -> None:
         given = {name: value for name, value in self._unfolded(fields).items() if value is not None}
