@@ -29,7 +29,8 @@ def call(path: str, body: dict | None = None) -> dict:
         data=json.dumps({"fence": ticket["fence"], **body}).encode() if body is not None else None,
         headers={"Authorization": f"Bearer {ticket['token']}", "Content-Type": "application/json"},
     )
-    while True:
+    patience = time.monotonic() + 30
+    while time.monotonic() < patience:
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
                 return json.load(answer)
@@ -37,6 +38,7 @@ def call(path: str, body: dict | None = None) -> dict:
             sys.exit(f"refused: {refused.code} {refused.read().decode()}")
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.05)
+    sys.exit("the server is gone")
 
 
 def report(step: int) -> dict:

@@ -35,6 +35,15 @@ except RewardsmithError as error:
 """
 
 
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """A home that is not there yet; whatever job still runs for it in the end is killed."""
+    home = tmp_path / "new" / "home"
+    yield home
+    for process in job_processes(home):
+        process.kill()
+
+
 @contextmanager
 def served(home: Path, port: int, mode: str = "hold") -> Iterator[subprocess.Popen[str]]:
     """The process, once it has said that it is ready or has ended."""
@@ -86,8 +95,8 @@ def gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
-def test_the_first_start_makes_a_private_home_and_token_and_says_where(tmp_path: Path):
-    home, port = tmp_path / "new" / "home", free_port()
+def test_the_first_start_makes_a_private_home_and_token_and_says_where(home: Path):
+    port = free_port()
     with served(home, port) as server:
         token_file = home / "owner-token"
         assert stat.S_IMODE(home.stat().st_mode) == 0o700
@@ -113,8 +122,8 @@ def test_the_first_start_makes_a_private_home_and_token_and_says_where(tmp_path:
             assert http.get("/users/current").status_code == 200
 
 
-def test_a_home_or_a_port_in_use_is_refused_in_a_sentence(tmp_path: Path):
-    home, port = tmp_path / "home", free_port()
+def test_a_home_or_a_port_in_use_is_refused_in_a_sentence(home: Path, tmp_path: Path):
+    port = free_port()
     with served(home, port) as first:
         with served(home, free_port()) as second:
             assert second.wait(20) == 1 and second.stderr
@@ -142,8 +151,8 @@ def test_a_home_that_cannot_be_made_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_server_and_jobs_and_leaves_no_process(tmp_path: Path, how: signal.Signals):
-    home, port = tmp_path / "home", free_port()
+def test_a_signal_ends_server_and_jobs_and_leaves_no_process(home: Path, how: signal.Signals):
+    port = free_port()
     with served(home, port, "family") as server:
         with owner(home, port) as http:
             uuid = start_job(http)
@@ -158,8 +167,8 @@ def test_a_signal_ends_server_and_jobs_and_leaves_no_process(tmp_path: Path, how
         wait_until(lambda: job(http, uuid)["attempt"] == 2 and job(http, uuid)["step"] == 1, "it goes on", 20)
 
 
-def test_a_job_outlives_a_killed_server_and_is_taken_over_by_the_next(tmp_path: Path):
-    home, port = tmp_path / "home", free_port()
+def test_a_job_outlives_a_killed_server_and_is_taken_over_by_the_next(home: Path):
+    port = free_port()
     with served(home, port) as server:
         with owner(home, port) as http:
             uuid = start_job(http)
