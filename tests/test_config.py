@@ -17,11 +17,9 @@ from rewardsmith.config import (
     RewardFunctionsRuntimeConfig,
     SamplingParamsConfig,
     SchedulerConfig,
-    ServerConfig,
-    default_base_url,
-    default_home,
 )
 from rewardsmith.errors import ConfigError, RewardSourceError
+from rewardsmith.home import ServerConfig, default_base_url, default_home
 
 
 def short(prompt, completion, example):
@@ -131,8 +129,8 @@ REFUSED: list[tuple[type[BaseModel], dict[str, Any], str]] = [
     (GRPOConfig, {"num_train_epochs": 3}, "GRPOConfig has no field 'num_train_epochs'; did you mean 'epochs'?"),
     (GRPOConfig, {"learningrate": 1e-5}, "did you mean 'learning_rate'"),
     (GRPOConfig, {"zzz": 1}, "its fields: adapter, advantage"),
-    (GRPOConfig, {"effective_batch_size": 100}, "100 is not a multiple of num_generations=16.*96 or 112"),
-    (GRPOConfig, {"num_generations": 24}, r"16 \(the default\) is not a multiple.*effective_batch_size=24"),
+    (GRPOConfig, {"base_model": "m", "effective_batch_size": 100}, "100 is not a multiple of num_generations=16.*96 or 112"),
+    (GRPOConfig, {"base_model": "m", "num_generations": 24}, r"16 \(the default\) is not a multiple.*effective_batch_size=24"),
     (GRPOConfig, {"adapter": "turbo"}, "'turbo' cannot be trained with GRPO; use 'lora'"),
     (GRPOConfig, {"task": "sft"}, "GRPOConfig.task"),
     (GRPOConfig, {"learning_rate": 0}, "GRPOConfig.learning_rate.*greater than 0"),
@@ -301,3 +299,10 @@ def test_a_refused_assignment_changes_nothing() -> None:
             setattr(config, name, value)
         assert config.to_wire() == before
         assert config.effective_batch_size == 16
+
+
+def test_a_continuation_leaves_whole_groups_to_what_it_inherits() -> None:
+    parent = GRPOConfig(base_model="m", effective_batch_size=48, num_generations=16)
+    assert parent.continued_by(GRPOConfig(num_generations=24)).prompts_per_step == 2
+    with pytest.raises(ConfigError, match="48 is not a multiple of num_generations=32"):
+        parent.continued_by(GRPOConfig(num_generations=32))

@@ -12,6 +12,7 @@ HEAVY = {
 # module prefix -> (what it may import from the package, which third parties). The longest matching prefix decides.
 TABLE: dict[str, tuple[set[str], set[str]]] = {
     "": ({"client", "config", "errors"}, set()),
+    "home": (set(), set()),
     "errors": (set(), set()),
     "config": ({"errors", "rewards.source"}, {"pydantic"}),
     "catalog": ({"errors"}, set()),
@@ -19,9 +20,12 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "rewards.source": (set(), set()),
     "rewards.worker": (set(), set()),
     "rewards": ({"errors", "config", "wire", "rewards"}, set()),
-    "client": ({"errors", "config", "catalog", "wire", "rewards.source", "client"}, {"httpx", "rich", "pydantic"}),
+    "client": (
+        {"errors", "config", "home", "catalog", "wire", "rewards.source", "client"},
+        {"httpx", "rich", "pydantic"},
+    ),
     "store": (
-        {"errors", "config", "wire", "store"},
+        {"errors", "config", "home", "wire", "store"},
         {"sqlalchemy", "alembic", "pyarrow", "duckdb", "obstore", "pydantic"},
     ),
     "rollout": ({"errors", "config", "catalog", "rollout"}, {"torch", "transformers", "peft"}),
@@ -32,11 +36,11 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "jobs": ({"errors", "config", "wire", "store", "jobs"}, {"psutil", "httpx"}),
     "jobs.entry": ({"errors", "config", "wire", "train", "rollout", "rewards"}, {"torch"}),
     "server": (
-        {"errors", "config", "catalog", "wire", "store", "rewards", "jobs", "server"},
+        {"errors", "config", "home", "catalog", "wire", "store", "rewards", "jobs", "server"},
         {"fastapi", "starlette", "uvicorn", "pydantic", "websockets"},
     ),
-    "demo": ({"demo", "client", "config", "errors", "wire"}, {"rich"}),
-    "doctor": ({"errors", "config", "catalog", "client"}, {"rich", "psutil", "torch"}),
+    "demo": ({"demo", "client", "config", "errors", "home", "wire"}, {"rich"}),
+    "doctor": ({"errors", "config", "home", "catalog", "client"}, {"rich", "psutil", "torch"}),
     "__main__": ({"cli"}, set()),
     "cli": ({"*"}, {"typer", "rich"}),
 }

@@ -10,10 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import difflib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -21,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rewardsmith.errors import ConfigError, RewardSourceError
 from rewardsmith.rewards import source as reward_source
 
-DEFAULT_PORT = 8421
 DEFAULT_TRAIN_STEPS = 1000
 RESERVED_REWARD_NAMES = {"total_reward", "total_reward_std"}
 
@@ -103,8 +99,8 @@ class SamplingParamsConfig(Section):
 
     temperature: float = Field(default=1.0, gt=0, le=10)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    max_tokens: int = Field(default=1024, ge=1)
+    top_k: int = Field(default=0, ge=0, le=10_000_000)
+    max_tokens: int = Field(default=1024, ge=1, le=10_000_000)
 
 
 class RewardFunction(Section):
@@ -290,21 +286,21 @@ class GRPOConfig(Section):
     task: Literal["grpo"] = "grpo"
     base_model: str | None = None
     adapter: Literal["lora"] = "lora"
-    epochs: int | None = Field(default=None, ge=1)
-    train_steps: int | None = Field(default=None, ge=1)
+    epochs: int | None = Field(default=None, ge=1, le=100_000)
+    train_steps: int | None = Field(default=None, ge=1, le=1_000_000)
     learning_rate: float = Field(default=1e-5, gt=0, le=1)
     rank: int = Field(default=64, ge=1, le=1024)
     target_modules: list[str] | None = Field(default=None, min_length=1)
-    lora_alpha: int = Field(default=64, ge=1)
+    lora_alpha: int = Field(default=64, ge=1, le=100_000)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     enable_early_stopping: bool = True
     apply_chat_template: bool = False
     lr_scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
-    effective_batch_size: int = Field(default=16, ge=2)
+    effective_batch_size: int = Field(default=16, ge=2, le=65_536)
     beta: float = Field(default=0.001, ge=0, le=1)
-    num_generations: int = Field(default=16, ge=2)
+    num_generations: int = Field(default=16, ge=2, le=65_536)
     sampling_params: SamplingParamsConfig = Field(default_factory=SamplingParamsConfig)
     reward_fns: RewardFunctionsConfig = Field(default_factory=RewardFunctionsConfig, alias="rewardFns")
     secrets: dict[str, str] = Field(default_factory=dict)
@@ -317,8 +313,8 @@ class GRPOConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
     eval_fraction: float = Field(default=0.0, ge=0, le=0.5)
-    max_prompt_tokens: int | None = Field(default=None, ge=1)
-    save_every: int = Field(default=20, ge=1)
+    max_prompt_tokens: int | None = Field(default=None, ge=1, le=10_000_000)
+    save_every: int = Field(default=20, ge=1, le=1_000_000)
 
     @field_validator("reward_fns", mode="before")
     @classmethod
@@ -340,7 +336,9 @@ class GRPOConfig(Section):
     @model_validator(mode="after")
     def _whole_groups(self) -> Self:
         batch, group = self.effective_batch_size, self.num_generations
-        if batch % group:
+        # Without a base model it continues another run, which may have set the one that is not set here.
+        inherits = self.base_model is None and not {"effective_batch_size", "num_generations"} <= self.model_fields_set
+        if batch % group and not inherits:
             lower, upper = batch // group * group, (batch // group + 1) * group
             valid = f"{lower} or {upper}" if lower else f"{upper}"
             default = "" if "effective_batch_size" in self.model_fields_set else " (the default)"
@@ -369,43 +367,3 @@ class GRPOConfig(Section):
             inherited = {k: v for k, v in inherited.items() if k not in ("train_steps", "epochs")}
             inherited |= {k: v for k, v in child.to_wire().items() if k in ("train_steps", "epochs")}
         return GRPOConfig(**inherited)
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """Where a server keeps its things and how it may be reached. `home` holds the database, artifacts and token."""
-
-    home: Path
-    host: str = "127.0.0.1"
-    port: int = DEFAULT_PORT
-    max_body_bytes: int = 16 * 2**20
-    max_dataset_bytes: int = 100 * 2**20
-    lease_seconds: float = 60.0
-    max_attempts: int = 3
-
-    @property
-    def database_url(self) -> str:
-        return f"sqlite:///{self.home / 'rewardsmith.sqlite'}"
-
-    @property
-    def artifacts_url(self) -> str:
-        return (self.home / "artifacts").as_uri()
-
-    @property
-    def token_file(self) -> Path:
-        return token_file(self.home)
-
-
-def default_home() -> Path:
-    return Path(os.environ.get("REWARDSMITH_HOME") or "~/.rewardsmith").expanduser().absolute()
-
-
-def token_file(home: Path) -> Path:
-    """The owner token that the server makes at its first start; mode 0600."""
-    return home / "owner-token"
-
-
-def default_base_url() -> str:
-    """Address of the server: ours first, then the original's variable (contract 1.1)."""
-    url = os.environ.get("REWARDSMITH_BASE_URL") or os.environ.get("PREDIBASE_GATEWAY")
-    return (url or f"http://127.0.0.1:{DEFAULT_PORT}").rstrip("/").removesuffix("/v1").removesuffix("/v2")

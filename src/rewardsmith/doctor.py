@@ -23,8 +23,8 @@ from rich.text import Text
 
 from rewardsmith import catalog
 from rewardsmith.client import Rewardsmith
-from rewardsmith.config import default_base_url, default_home, token_file
 from rewardsmith.errors import ConfigError, RewardsmithError
+from rewardsmith.home import default_base_url, default_home, token_file
 
 GIB = 2**30
 STYLES = {"ok": "green", "note": "yellow", "bad": "bold red"}

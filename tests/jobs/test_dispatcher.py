@@ -219,7 +219,7 @@ def test_ending_kills_a_job_that_does_not_listen(api: Running, monkeypatch: pyte
 DISPATCHER = """
 import sys, threading
 from pathlib import Path
-from rewardsmith.config import ServerConfig
+from rewardsmith.home import ServerConfig
 from rewardsmith.jobs.dispatcher import Dispatcher
 from rewardsmith.jobs.local import LocalLauncher
 from rewardsmith.store import Store

@@ -15,15 +15,15 @@ import pytest
 from processes import free_port, wait_until
 from server.running import ROWS, job_request
 
-from rewardsmith.config import ServerConfig
 from rewardsmith.errors import ConfigError
+from rewardsmith.home import ServerConfig
 from rewardsmith.server.serve import serve
 
 FAKE_JOB = Path(__file__).parents[1] / "jobs" / "fake_job.py"
 PROGRAM = """
 import sys
 from pathlib import Path
-from rewardsmith.config import ServerConfig
+from rewardsmith.home import ServerConfig
 from rewardsmith.errors import RewardsmithError
 from rewardsmith.jobs.local import LocalLauncher
 from rewardsmith.server.serve import serve

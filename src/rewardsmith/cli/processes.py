@@ -9,7 +9,7 @@ import typer
 
 from rewardsmith.cli.output import AsJson, print_json
 from rewardsmith.client.address import normalised
-from rewardsmith.config import DEFAULT_PORT, ServerConfig, default_base_url, default_home
+from rewardsmith.home import DEFAULT_PORT, ServerConfig, default_base_url, default_home
 
 Home = Annotated[
     Path | None,

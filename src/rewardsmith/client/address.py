@@ -12,8 +12,8 @@ import os
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from rewardsmith.config import default_base_url, default_home, token_file
 from rewardsmith.errors import ConfigError
+from rewardsmith.home import default_base_url, default_home, token_file
 
 TOKEN_VARIABLES = ("REWARDSMITH_API_TOKEN", "PREDIBASE_API_TOKEN")
 

@@ -1,6 +1,7 @@
 """A small curve for the terminal: one column per step or per few steps, drawn with eighth blocks. Text in, text out."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 
@@ -23,4 +24,4 @@ def curve(title: str, values: Sequence[float], *, top: float = 1.0, width: int =
 
 def _resampled(values: Sequence[float], columns: int) -> list[float]:
     bounds = [len(values) * i // columns for i in range(columns + 1)]
-    return [sum(values[a:b]) / (b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [sum(values[a:b]) / (b - a) for a, b in pairwise(bounds)]

@@ -25,18 +25,16 @@ from rich.text import Text
 from rewardsmith.client import Rewardsmith
 from rewardsmith.client.objects import Adapter, FinetuningJob
 from rewardsmith.config import (
-    DEFAULT_PORT,
     GRPOConfig,
     OptimizerConfig,
     RewardFunctionsConfig,
     SamplingParamsConfig,
     SchedulerConfig,
-    default_base_url,
-    default_home,
 )
 from rewardsmith.demo import countdown
 from rewardsmith.demo.plot import curve
 from rewardsmith.errors import RewardsmithError
+from rewardsmith.home import DEFAULT_PORT, default_base_url, default_home
 
 REPO = "countdown-demo"
 TRAIN_ROWS, HELD_OUT_ROWS = 400, 256

@@ -67,8 +67,8 @@ class PlainEngine:
         self._tokenizer = tokenizer
         self._adapter = adapter
         self._between_tokens = between_tokens
-        self._config = cast(PreTrainedModel, model.get_base_model()).config
-        self._context = getattr(self._config, "max_position_embeddings", None)
+        self._config = text_config(model)
+        self._context = context_of(model)
         self.vocab = min(len(tokenizer), self._config.vocab_size)
         self._stops = torch.tensor(stop_ids(model, tokenizer), device=model.device)
         self.version = 0
@@ -199,10 +199,9 @@ class _Decoder:
             row_T[: self._longest - len(prompt)] = 0
         self._position_B = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
         self._columns = self._longest
-        config = cast(PreTrainedModel, model.get_base_model()).config
         # Finished rows stay in the batch for a while and must not run out of the positions a model knows.
-        self._last_position = (getattr(config, "max_position_embeddings", None) or sys.maxsize) - 1
-        self._cache = DynamicCache(config=config)
+        self._last_position = (context_of(model) or sys.maxsize) - 1
+        self._cache = DynamicCache(config=text_config(model))
 
     def first_logits(self) -> Tensor:
         """Logits of the first new token, one row per completion."""
@@ -242,6 +241,18 @@ class _Decoder:
         )
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
+
+
+def text_config(model: PreTrainedModel | PeftModel) -> PretrainedConfig:
+    """The part of a model's config that is about its language model."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return cast(PreTrainedModel, base).config.get_text_config(decoder=True)
+
+
+def context_of(model: PreTrainedModel | PeftModel) -> int | None:
+    """The most tokens that prompt and completion may have together; None where the model names no limit."""
+    context: int | None = getattr(text_config(model), "max_position_embeddings", None)
+    return context
 
 
 def stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -14,8 +14,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
-from rewardsmith.config import ServerConfig
 from rewardsmith.errors import RewardsmithError
+from rewardsmith.home import ServerConfig
 from rewardsmith.server import boundary
 from rewardsmith.server.auth import Authenticate, Caller
 from rewardsmith.server.links import Links

@@ -7,7 +7,7 @@ from typing import Annotated, cast
 from fastapi import Depends
 from starlette.requests import HTTPConnection
 
-from rewardsmith.config import ServerConfig
+from rewardsmith.home import ServerConfig
 from rewardsmith.server.links import Links
 from rewardsmith.store import Store
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
-from rewardsmith.config import ServerConfig
 from rewardsmith.errors import ConfigError, Conflict
+from rewardsmith.home import ServerConfig
 from rewardsmith.jobs.dispatcher import Dispatcher
 from rewardsmith.jobs.local import Launcher, LocalLauncher
 from rewardsmith.server.app import create_app

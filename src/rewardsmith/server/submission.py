@@ -113,13 +113,12 @@ def _continued(parent: wire.Job, child: GRPOConfig) -> GRPOConfig:
 
 
 def _check_context(config: GRPOConfig, base_model: str) -> None:
-    known = catalog.ALIASES.get(base_model)
-    wanted = config.sampling_params.max_tokens
-    if known and wanted >= known.context:
-        default = "" if "max_tokens" in config.sampling_params.model_fields_set else " (the default)"
+    """A length that nobody chose is cut by the job, which says so; one that was chosen and cannot be is refused."""
+    known, sampling = catalog.ALIASES.get(base_model), config.sampling_params
+    if known and sampling.max_tokens >= known.context and "max_tokens" in sampling.model_fields_set:
         raise ConfigError(
-            f"sampling_params.max_tokens={wanted}{default} leaves no room for a prompt: {base_model} has a context of "
-            f"{known.context} tokens for prompt and completion together"
+            f"sampling_params.max_tokens={sampling.max_tokens} leaves no room for a prompt: {base_model} has a context "
+            f"of {known.context} tokens for prompt and completion together"
         )
 
 
@@ -145,7 +144,7 @@ def _differences(sent: Mapping[str, Any], stored: Mapping[str, Any], above: str 
 
 
 def _checked_functions(rewards: RewardFunctionsConfig) -> list[wire.RevisionFunction]:
-    """The set as a revision keeps it, after every function has been loaded in a sandbox as the job does it."""
+    """The set as a revision keeps it, after every function has been loaded as the job loads it."""
     if not rewards.functions:
         raise ConfigError("reward_fns has no functions; a run needs at least one")
     for package in rewards.runtime.packages:

@@ -13,7 +13,7 @@ to the artifacts root, with `/` between plain names; what a job reports must hav
 (`jobs/<uuid>/segments/...`, `checkpoints`, `states`). Nothing here starts a process or speaks HTTP.
 """
 
-from rewardsmith.config import ServerConfig
+from rewardsmith.home import ServerConfig
 from rewardsmith.store.adapters import AdapterId
 from rewardsmith.store.artifacts import Artifacts
 from rewardsmith.store.completions import Completions

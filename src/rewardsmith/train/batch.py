@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MICRO_BATCH_TOKENS = 8192  # padded tokens
+MICRO_BATCH_TOKENS = 2048  # padded tokens; for small models larger ones only fall out of a CPU's caches
 MICRO_BATCH_LOGITS = 2**27  # floats of one micro-batch's logits: 512 MiB, and as much again for their gradient
 
 

@@ -7,6 +7,7 @@ Set up in `setup`; the mathematics is in `grpo`, what leaves the process goes th
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import Literal, cast
@@ -27,6 +28,8 @@ from rewardsmith.train.segments import Moment, write_segments
 from rewardsmith.train.setup import Run
 from rewardsmith.train.update import Update, policy_logps, update
 from rewardsmith.wire import CheckpointReport, Segment, StepReport
+
+log = logging.getLogger("rewardsmith.train")
 
 Ending = Literal["completed", "stopped", "yielded"]
 
@@ -102,6 +105,8 @@ def report(run: Run, groups: Sequence[Sequence[Sample]], result: Update, mismatc
     clock.seconds["report"] += run.send_seconds
     clock.seconds["wait"], run.journal.waited_seconds = run.journal.waited_seconds, 0.0
     metrics = step_metrics(groups, result, mismatch, progress, clock.seconds) | held_out_metrics
+    reward = metrics.get("total_reward", float("nan"))
+    log.info("step %d of %d: total_reward %.4g, %.1f s", step, run.total_steps, reward, sum(clock.seconds.values()))
     started = time.perf_counter()
     send(run, step, metrics, segments)
     if saves:

@@ -21,7 +21,7 @@ from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import DatasetError
 from rewardsmith.rewards.outcomes import ErrorGuard
 from rewardsmith.rewards.pool import RewardPool
-from rewardsmith.rollout.engine import Engine, PlainEngine
+from rewardsmith.rollout.engine import Engine, PlainEngine, context_of
 from rewardsmith.rollout.prompts import Prompt, make_prompts
 from rewardsmith.train import checkpoint, lora
 from rewardsmith.train.artifacts import JobArtifacts
@@ -67,7 +67,7 @@ def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool]) -> Ite
     config = GRPOConfig(**spec.params)
     artifacts = JobArtifacts(spec)
     base, tokenizer = load_base(spec.base_model_source)
-    context = getattr(base.config, "max_position_embeddings", None)
+    context = context_of(base)
     train, held_out, left_out = _prompts(artifacts.get(spec.dataset_path), config, tokenizer, context)
     total_steps = config.total_steps(len(train))
     if spec.attempt == 1:
