@@ -37,8 +37,7 @@ from rewardsmith.errors import RewardsmithError
 from rewardsmith.home import DEFAULT_PORT, default_base_url, default_home
 
 REPO = "countdown-demo"
-TRAIN_ROWS, HELD_OUT_ROWS = 400, 256
-THREE_NUMBERS = 0.6  # share of problems with three numbers
+TRAIN_ROWS, HELD_OUT_ROWS = 300, 256
 SERVER_START_SECONDS = 60
 
 console = Console(highlight=False)
@@ -53,7 +52,8 @@ def config(seed: int) -> GRPOConfig:
         train_steps=40,
         learning_rate=1e-3,
         lr_scheduler=SchedulerConfig(type="constant_with_warmup"),
-        optimizer=OptimizerConfig(type="adamw_torch"),
+        warmup_ratio=0.125,
+        optimizer=OptimizerConfig(type="adamw_torch", beta2=0.95),
         rank=16,
         lora_alpha=32,
         beta=0.0,
@@ -135,9 +135,7 @@ def _free_port() -> int:
 
 
 def _train(rs: Rewardsmith, seed: int) -> Adapter:
-    rows = countdown.rows("train", TRAIN_ROWS, seed, THREE_NUMBERS) + countdown.rows(
-        "held_out", HELD_OUT_ROWS, seed, THREE_NUMBERS
-    )
+    rows = countdown.rows("train", TRAIN_ROWS, seed) + countdown.rows("held_out", HELD_OUT_ROWS, seed)
     repo = rs.repos.create(name=REPO, description="Countdown on the embedded model", exists_ok=True)
     name = f"{REPO}-seed-{seed}"
     known = {dataset.name: dataset for dataset in rs.datasets.list()}
