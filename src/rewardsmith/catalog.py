@@ -33,7 +33,7 @@ def _qwen2_5(size: str) -> list[BaseModel]:
 
 
 _MODELS = [
-    BaseModel("countdown-tiny", str(EMBEDDED), 256),
+    BaseModel("countdown-tiny", str(EMBEDDED), 1024),
     *(model for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B") for model in _qwen2_5(size)),
     BaseModel("qwen2-5-coder-7b-instruct", "Qwen/Qwen2.5-Coder-7B-Instruct", 32768),
     BaseModel("qwen2-5-coder-32b-instruct", "Qwen/Qwen2.5-Coder-32B-Instruct", 32768),

@@ -49,7 +49,7 @@ def test_a_run_without_a_length_has_the_documented_one(api: Running):
         ({"learning_rate": -1}, "learning_rate"),
         ({"effective_batch_size": 20}, "multiple of num_generations"),
         ({"sampling_params": {"max_tokens": 4096}}, "max_tokens=4096 leaves no room for a prompt"),
-        ({"sampling_params": {"max_tokens": 256}}, "max_tokens=256 leaves no room for a prompt"),
+        ({"sampling_params": {"max_tokens": 1024}}, "max_tokens=1024 leaves no room for a prompt"),
         ({"train_steps": 10**30}, "train_steps"),
         ({"secrets": {"KEY": "v"}}, "secrets"),
         ({"rewardFns": None}, "reward_fns has no functions"),
