@@ -179,3 +179,23 @@ def test_datasets_with_the_same_rows_share_a_file_until_the_last_is_deleted(stor
     assert len(list(store.datasets.rows("b"))) == 2
     store.datasets.delete("b")
     assert files(store) == []
+
+
+def test_registering_and_deleting_the_same_rows_at_once_never_loses_the_file(store: Store) -> None:
+    failures: list[Exception] = []
+
+    def come_and_go(name: str) -> None:
+        try:
+            for _ in range(20):
+                upload(store, name, ROWS)
+                assert len(list(store.datasets.rows(name))) == 2
+                store.datasets.delete(name)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=come_and_go, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert failures == [] and files(store) == []

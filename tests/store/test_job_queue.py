@@ -1,4 +1,5 @@
 import json
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -83,6 +84,15 @@ def test_without_a_key_the_same_body_gives_the_first_job_while_it_lives(store: S
     assert create_job(store, body_sha256="b" * 64) != first
     assert create_job(store, idempotency_key="k", body_sha256="a" * 64) != first
     store.runs.request(first.uuid, "cancel")
+    assert create_job(store, body_sha256="a" * 64) != first
+
+
+def test_the_same_body_half_a_minute_later_is_another_job(store: Store, tmp_path: Path) -> None:
+    first = create_job(store, body_sha256="a" * 64)
+    with sqlite3.connect(tmp_path / "db" / "rewardsmith.sqlite") as database:
+        database.execute("UPDATE jobs SET created_at = '2026-01-01 00:00:00.000000'")
+    database.close()
+    assert store.runs.find_repeat(1, None, "a" * 64) is None
     assert create_job(store, body_sha256="a" * 64) != first
 
 

@@ -311,6 +311,20 @@ def test_failing_rewards_pause_the_job_until_a_new_revision(model: Path, folder:
     assert all(row["outcome"] == "exception" and "no such thing" in row["error"] for row in logs)
 
 
+def test_a_job_that_is_resumed_without_a_change_gets_a_new_chance(model: Path, folder: Path):
+    with ScriptedServer(spec(folder, model, config(train_steps=5), first=revision(failing=FAILING))) as server:
+
+        def on_report(path: str, body: dict[str, Any]) -> None:
+            if path == "event" and body["kind"] == "paused":
+                server.control = Control(paused=True)
+            if path == "heartbeat":
+                server.control = Control()
+
+        server.on_report = on_report
+        assert run(server) == 0
+    assert [body["step"] for body in server.bodies("event") if body["kind"] == "paused"] == [2, 4]
+
+
 def test_on_error_fail_ends_the_job_naming_function_and_error(model: Path, folder: Path):
     first = revision().model_copy(update={"functions": [function("failing", FAILING, on_error="fail")]})
     with ScriptedServer(spec(folder, model, config(), first=first)) as server:

@@ -27,7 +27,7 @@ NEEDED = ("input_ids", "attention_mask", "position_ids", "past_key_values", "use
 
 def load_base(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Raises ModelError with the reason and what to do."""
-    logging.disable_progress_bar()  # this process writes to a log file
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # output goes to a log file
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
