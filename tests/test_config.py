@@ -129,8 +129,16 @@ REFUSED: list[tuple[type[BaseModel], dict[str, Any], str]] = [
     (GRPOConfig, {"num_train_epochs": 3}, "GRPOConfig has no field 'num_train_epochs'; did you mean 'epochs'?"),
     (GRPOConfig, {"learningrate": 1e-5}, "did you mean 'learning_rate'"),
     (GRPOConfig, {"zzz": 1}, "its fields: adapter, advantage"),
-    (GRPOConfig, {"base_model": "m", "effective_batch_size": 100}, "100 is not a multiple of num_generations=16.*96 or 112"),
-    (GRPOConfig, {"base_model": "m", "num_generations": 24}, r"16 \(the default\) is not a multiple.*effective_batch_size=24"),
+    (
+        GRPOConfig,
+        {"base_model": "m", "effective_batch_size": 100},
+        "100 is not a multiple of num_generations=16.*96 or 112",
+    ),
+    (
+        GRPOConfig,
+        {"base_model": "m", "num_generations": 24},
+        r"16 \(the default\) is not a multiple.*effective_batch_size=24",
+    ),
     (GRPOConfig, {"adapter": "turbo"}, "'turbo' cannot be trained with GRPO; use 'lora'"),
     (GRPOConfig, {"task": "sft"}, "GRPOConfig.task"),
     (GRPOConfig, {"learning_rate": 0}, "GRPOConfig.learning_rate.*greater than 0"),
@@ -306,3 +314,21 @@ def test_a_continuation_leaves_whole_groups_to_what_it_inherits() -> None:
     assert parent.continued_by(GRPOConfig(num_generations=24)).prompts_per_step == 2
     with pytest.raises(ConfigError, match="48 is not a multiple of num_generations=32"):
         parent.continued_by(GRPOConfig(num_generations=32))
+
+
+def test_a_continuation_keeps_what_it_does_not_set_inside_a_section() -> None:
+    parent = GRPOConfig(
+        base_model="m",
+        sampling_params={"max_tokens": 96, "top_k": 5},
+        optimizer={"type": "adamw_torch", "weight_decay": 0.1},
+        reward_fns={"a": short, "b": exact},
+        train_steps=7,
+    )
+    child = parent.continued_by(
+        GRPOConfig(sampling_params={"temperature": 0.7}, optimizer={"beta2": 0.95}, reward_fns={"c": short}, epochs=2)
+    )
+    sampling, optimizer = child.sampling_params, child.optimizer
+    assert (sampling.max_tokens, sampling.top_k, sampling.temperature) == (96, 5, 0.7)
+    assert (optimizer.type, optimizer.weight_decay, optimizer.beta2) == ("adamw_torch", 0.1, 0.95)
+    assert list(child.reward_fns) == ["c"]
+    assert (child.train_steps, child.epochs) == (None, 2)

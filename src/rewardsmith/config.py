@@ -361,9 +361,11 @@ class GRPOConfig(Section):
         return DEFAULT_TRAIN_STEPS
 
     def continued_by(self, child: GRPOConfig) -> GRPOConfig:
-        """This run's settings with what `child` sets on top (contract 2.2)."""
-        inherited = {**self.to_wire(), **child.to_wire()}
-        if child.train_steps or child.epochs:
-            inherited = {k: v for k, v in inherited.items() if k not in ("train_steps", "epochs")}
-            inherited |= {k: v for k, v in child.to_wire().items() if k in ("train_steps", "epochs")}
+        """These settings with what `child` sets on top (contract 2.2); a set of reward functions is replaced whole."""
+        inherited, changes = self.to_wire(), child.to_wire()
+        if {"train_steps", "epochs"} & changes.keys():
+            inherited = {name: value for name, value in inherited.items() if name not in ("train_steps", "epochs")}
+        for name, value in changes.items():
+            whole = name == "rewardFns" or not isinstance(value, dict)
+            inherited[name] = value if whole else {**inherited.get(name, {}), **value}
         return GRPOConfig(**inherited)

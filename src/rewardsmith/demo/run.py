@@ -8,6 +8,7 @@ answers are those the job stored when it scored the held-out rows before the fir
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -88,6 +89,8 @@ def run(*, seed: int = 0, exit_when_done: bool = False, json_file: Path | None =
 @contextmanager
 def _server() -> Iterator[str]:
     """The URL of the server that answers here, else of one that lives as long as the demo."""
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(1))  # so that the server started below is ended too
     url = default_base_url()
     if _answers(url):
         console.print(f"Using the server that runs at {url}")
@@ -153,6 +156,8 @@ def _figures(rs: Rewardsmith, job: FinetuningJob, adapter: Adapter) -> dict[str,
         | {name: _at(series[f"eval/{name}"], point.step) for name in job.params.reward_fns}
         for point in series["eval/total_reward"]
     ]
+    # The checkpoint that is served is the best by held-out rows, not always the last.
+    served = next(checkpoint for checkpoint in adapter.checkpoints if checkpoint.path == adapter.artifact_path)
     training = next(e.at for e in rs.finetuning.jobs.events(job) if e.message.startswith("training"))
     return {
         "adapter": adapter.name,
@@ -161,7 +166,7 @@ def _figures(rs: Rewardsmith, job: FinetuningJob, adapter: Adapter) -> dict[str,
         "training_seconds": round((job.updated_at - training).total_seconds(), 1) if job.updated_at else None,
         "held_out_rows": HELD_OUT_ROWS,
         "before": evaluations[0],
-        "after": evaluations[-1],
+        "after": next(evaluation for evaluation in evaluations if evaluation["step"] == served.step),
         "evaluations": evaluations,
         "curves": {name: [p.value for p in series[f"reward/{name}/mean"]] for name in job.params.reward_fns},
     }
@@ -185,7 +190,7 @@ def _show(rs: Rewardsmith, job: FinetuningJob, figures: dict[str, Any]) -> None:
         table.add_row(label, *(f"{evaluation[name]:.1%}" for name in figures["curves"]))
     console.print(table)
 
-    for before, after in _pairs(rs, job):
+    for before, after in _pairs(rs, job, figures["after"]["step"]):
         console.print(f"\n  {_problem(before.prompt)}")
         table = Table(expand=True)
         for side, completion in (("base model", before), ("adapter", after)):
@@ -197,19 +202,19 @@ def _show(rs: Rewardsmith, job: FinetuningJob, figures: dict[str, Any]) -> None:
     console.print(
         f"\n[bold]Held-out equations solved: {figures['before']['equation']:.1%} -> "
         f"{figures['after']['equation']:.1%}[/bold] ({100 * gain:+.1f} points) "
-        f"in {figures['steps']} steps, {figures['training_seconds']:.0f} s of training"
+        f"after {figures['after']['step']} steps; {figures['training_seconds']:.0f} s of training"
     )
-    console.print(f"Adapter {figures['adapter']}: {figures['adapter_path']}", soft_wrap=True)
+    console.print(f"The adapter {figures['adapter']} lies in {figures['adapter_path']}", soft_wrap=True)
     console.print(f"A copy to keep: rewardsmith adapters download {figures['adapter']}", soft_wrap=True)
 
 
-def _pairs(rs: Rewardsmith, job: FinetuningJob) -> list[tuple[Any, Any]]:
+def _pairs(rs: Rewardsmith, job: FinetuningJob, step: int) -> list[tuple[Any, Any]]:
     """Three held-out rows with the base's and the adapter's answer, first those that only the adapter solved."""
 
     def answers(step: int) -> dict[int, Any]:
         return {c.row: c for c in rs.finetuning.jobs.completions(job, phase="eval", step=step)}
 
-    base, adapter = answers(0), answers(job.step)
+    base, adapter = answers(0), answers(step)
     rows = sorted(base, key=lambda row: (base[row].total_reward - adapter[row].total_reward, row))
     return [(base[row], adapter[row]) for row in rows[:3]]
 
