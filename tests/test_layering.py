@@ -6,7 +6,8 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "rewardsmith"
 HEAVY = {
     "torch", "transformers", "peft", "safetensors", "numpy", "fastapi", "starlette", "uvicorn", "sqlalchemy", "alembic",
-    "pyarrow", "duckdb", "obstore", "ray", "httpx", "rich", "typer", "pydantic", "psutil", "pandas", "websockets", "packaging",
+    "pyarrow", "duckdb", "obstore", "ray", "httpx", "rich", "typer", "pydantic", "psutil", "pandas", "websockets",
+    "packaging",
 }  # fmt: skip
 
 # module prefix -> (what it may import from the package, which third parties). The longest matching prefix decides.

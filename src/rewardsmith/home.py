@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 DEFAULT_PORT = 8421
 
@@ -23,7 +24,7 @@ class ServerConfig:
 
     @property
     def database_url(self) -> str:
-        return f"sqlite:///{self.home / 'rewardsmith.sqlite'}"
+        return f"sqlite:///{quote(str(self.home / 'rewardsmith.sqlite'))}"
 
     @property
     def artifacts_url(self) -> str:

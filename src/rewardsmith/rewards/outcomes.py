@@ -5,7 +5,6 @@ Design section 5 names the outcomes. Data and arithmetic only: `pool` makes the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -25,11 +24,12 @@ Outcome = Literal[
 GUARDED_CALLS = 200
 GUARDED_SHARE = 0.2
 STEP_SHARE = 0.5
+LARGEST_TOTAL = 1e12  # as of a single value: advantages square differences of totals
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One call of one function. `value` is finite, or None when the completion is to be left out of its group.
+    """One call of one function. `value` is from -1e12 to 1e12, or None when the completion is to be left out of its group.
 
     `seconds` is wall time of the call, `prints` what it printed (cut), `error` why there is no number.
     """
@@ -49,13 +49,13 @@ class Score:
 def total(scores: Mapping[str, Score], weights: Mapping[str, float]) -> float | None:
     """The weighted sum over the functions of one completion. A function of weight 0 is only measured.
 
-    None when a function that counts has no value, or when the sum is too large for a float.
+    None when a function that counts has no value, or when the sum is larger than LARGEST_TOTAL in size.
     """
     values = [(weights[name], score.value) for name, score in scores.items() if weights[name]]
     if any(value is None for _, value in values):
         return None
     amount = sum(weight * value for weight, value in values if value is not None)
-    return amount if math.isfinite(amount) else None
+    return amount if abs(amount) <= LARGEST_TOTAL else None  # NaN is not
 
 
 class ErrorGuard:

@@ -167,7 +167,7 @@ class WorkerProcess:
             number == self._next_id
             and outcome < len(worker.OUTCOMES)
             and left_behind <= 1
-            and math.isfinite(value)
+            and abs(value) <= worker.LARGEST_VALUE  # also not NaN
             and seconds >= 0  # also not NaN
             and math.isfinite(seconds)
             and max(lengths) <= worker.MAX_TEXT_BYTES

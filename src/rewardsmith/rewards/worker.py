@@ -29,7 +29,9 @@ LENGTH = struct.Struct("<I")
 RESULT = struct.Struct("<QBBddII")
 OUTCOMES = ("ok", "not_a_number", "exception", "out_of_memory", "output_limit", "none")
 KEPT_BYTES = 4096  # of the prints, and of the error text, of one call
+LARGEST_VALUE = 1e12  # larger ones drown the differences that training compares, and their squares overflow
 MAX_TEXT_BYTES = KEPT_BYTES + 100  # with the remark that something was cut
+WITHIN = f"return a number from {-LARGEST_VALUE:g} to {LARGEST_VALUE:g}"
 STDERR = 2
 
 Verdict = tuple[str, float, str]  # outcome, value, error text
@@ -161,11 +163,13 @@ def judge(answer: object) -> Verdict:
         try:
             number = int.__float__(answer)  # type: ignore[arg-type]
         except OverflowError:
-            return "not_a_number", 0.0, "returned an int too large for a float"
+            return "not_a_number", 0.0, f"returned an int too large to compare; {WITHIN}"
     else:
         return "not_a_number", 0.0, f"returned a {kind.__name__}; return an int or a float"
     if not math.isfinite(number):
         return "not_a_number", 0.0, f"returned {number} ({kind.__name__}); return a finite number"
+    if abs(number) > LARGEST_VALUE:
+        return "not_a_number", 0.0, f"returned {number:g}, too large to compare; {WITHIN}"
     return "ok", number, ""
 
 

@@ -99,24 +99,35 @@ class PlainEngine:
         self._model.set_adapter(self._adapter, inference_mode=True)
         self._model.eval()
         groups: list[list[Completion]] = [[] for _ in prompts]
-        for chosen in self._batches(prompts, num_generations, params.max_tokens):
-            seeds_B = [seed for i in chosen for seed in seeds[i * num_generations : (i + 1) * num_generations]]
-            completions = self._sample([prompts[i] for i in chosen], num_generations, params, seeds_B)
+        for chosen, part in self._batches(prompts, num_generations, params.max_tokens):
+            seeds_B = [seeds[i * num_generations + n] for i in chosen for n in part]
+            completions = self._sample([prompts[i] for i in chosen], len(part), params, seeds_B)
             for place, i in enumerate(chosen):
-                groups[i] = completions[place * num_generations : (place + 1) * num_generations]
+                groups[i] += completions[place * len(part) : (place + 1) * len(part)]
         return groups
 
-    def _batches(self, prompts: Sequence[list[int]], num_generations: int, max_tokens: int) -> Iterator[list[int]]:
-        """Indices of prompts sampled together: neighbours in length, as many as the cache has room for."""
-        room = CACHE_BYTES // (_cache_bytes_per_token(self._config) * num_generations)
+    def _batches(
+        self, prompts: Sequence[list[int]], num_generations: int, max_tokens: int
+    ) -> Iterator[tuple[list[int], range]]:
+        """What is sampled together: indices of prompts, neighbours in length, and which completions of each.
+
+        As many as the cache has room for, at least one; a group that is too large alone comes in parts.
+        """
+        room = CACHE_BYTES // _cache_bytes_per_token(self._config)  # tokens
+        whole = range(num_generations)
         batch: list[int] = []
         for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-            if batch and (len(batch) + 1) * (len(prompts[i]) + max_tokens) > room:
-                yield batch
+            longest = len(prompts[i]) + min(max_tokens, self._room(prompts[i]))
+            if batch and (len(batch) + 1) * num_generations * longest > room:
+                yield batch, whole
                 batch = []
-            batch.append(i)
+            rows = max(1, room // longest)
+            if rows < num_generations:
+                yield from (([i], whole[start : start + rows]) for start in range(0, num_generations, rows))
+            else:
+                batch.append(i)
         if batch:
-            yield batch
+            yield batch, whole
 
     def _sample(
         self, prompts: list[list[int]], num_generations: int, params: SamplingParamsConfig, seeds: list[int]

@@ -1,6 +1,6 @@
 """What every request passes on its way in and out: errors become JSON, bodies are limited, headers are hardened.
 
-Plain ASGI layers, outermost `Boundary`, then `BodyLimit`; `auth.Authenticate` comes next. Refusals are
+Plain ASGI layers: outermost `Boundary`, then `auth.Authenticate`, then `BodyLimit`. Refusals are
 `{"error": "<text>"}`, those of downloads `{"error": {"message": "<text>"}}` (contract 1.1). An error that nobody
 foresaw is logged with its traceback and a reference; the caller gets only the reference.
 """
@@ -31,8 +31,7 @@ HEADERS = {
     "X-Frame-Options": "DENY",
 }
 UPLOADS = "/v2/datasets/upload/"
-# A client that is cut off while it sends sees a broken pipe in place of the refusal, so the rest is read first.
-DRAINED_BYTES = 512 * 2**20
+DOWNLOADS = "/v2/datasets/download/"
 
 
 def refusal(scope: Scope, status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -78,8 +77,16 @@ async def refuse_unstorable(request: Request, error: Exception) -> JSONResponse:
 
 def _internal(scope: Scope, error: BaseException) -> JSONResponse:
     reference = secrets.token_hex(4)
-    log.error("reference %s: %s failed", reference, scope["path"], exc_info=error)
+    log.error("reference %s: %s failed", reference, _loggable(scope["path"]), exc_info=error)
     return refusal(scope, 500, f"internal error, see the server log, reference {reference}")
+
+
+def _loggable(path: str) -> str:
+    """Without the token of a presigned link."""
+    for prefix in (UPLOADS, DOWNLOADS):
+        if path.startswith(prefix):
+            return f"{prefix}..."
+    return path
 
 
 class Boundary:
@@ -122,7 +129,10 @@ class Boundary:
 
 
 class BodyLimit:
-    """Refuses bodies over `max_body_bytes` (dataset uploads: `max_dataset_bytes`), declared or chunked."""
+    """Refuses bodies over `max_body_bytes` (dataset uploads: `max_dataset_bytes`), declared or chunked.
+
+    uvicorn drops what still comes after an answer, so that a client that reads only after sending sees the refusal.
+    """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, max_dataset_bytes: int) -> None:
         self._app = app
@@ -136,7 +146,6 @@ class BodyLimit:
         too_large = f"the body is larger than the {limit:,} bytes that this server takes here"
         declared = Headers(scope=scope).get("content-length", "0")
         if not declared.isdecimal() or int(declared) > limit:
-            await _drain(receive)
             return await refusal(scope, 413, too_large)(scope, receive, send)
         size = 0
 
@@ -145,18 +154,7 @@ class BodyLimit:
             message = await receive()
             size += len(message.get("body", b""))
             if size > limit:
-                if message.get("more_body"):
-                    await _drain(receive)
                 raise HTTPException(413, too_large)
             return message
 
         await self._app(scope, receive_counted, send)
-
-
-async def _drain(receive: Receive) -> None:
-    left = DRAINED_BYTES
-    while left > 0:
-        message = await receive()
-        left -= len(message.get("body", b""))
-        if not message.get("more_body"):
-            return

@@ -1,6 +1,8 @@
 """Datasets: upload in two steps (contract 5.1), check, keep as canonical JSON lines under `datasets/<sha256>.jsonl`.
 
-Two datasets with the same rows share one file. A refused upload leaves nothing behind.
+An upload is begun; receiving, while its bytes come into a `.part` file; received, once the last one is there and the
+file has its name. Only then it can be finished. Two datasets with the same rows share one file. A refused upload
+leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sqlalchemy import Connection, Row, delete, insert, or_, select, update
 
@@ -48,42 +50,61 @@ class Datasets:
             connection.execute(insert(uploads).values(token_sha256=_digest(token), **row))
         return token
 
-    def upload_file(self, token: str) -> Path:
+    def check_upload(self, token: str) -> None:
+        """Raises NotFound, or Conflict for a used token."""
+        with self._database.read() as connection:
+            upload = _find_upload(connection, token)
+        if upload.received or self._part(token).exists():
+            raise _used()
+
+    def receive_upload(self, token: str) -> BinaryIO:
         """The new local file to write the body to, once per token. Raises NotFound, or Conflict for a used token.
 
-        The caller counts bytes, raises TooLarge, and calls `abandon_upload` when the body breaks off.
+        The caller ends it with `complete_upload`, or with `abandon_upload` when the body breaks off.
         """
+        self.check_upload(token)
+        try:
+            return self._part(token).open("xb")
+        except FileExistsError:
+            raise _used() from None
+
+    def complete_upload(self, token: str, file: BinaryIO) -> None:
+        """The last byte is there: close the file, which can become a dataset now. Raises NotFound."""
+        file.close()
         with self._database.write() as connection:
             upload = _find_upload(connection, token)
-            if upload.received:
-                raise Conflict("this upload link was used; begin a new upload")
+            self._part(token).rename(self._file(upload.token_sha256))
             connection.execute(update(uploads).where(uploads.c.id == upload.id).values(received=True))
-        return self._file(upload.token_sha256)
 
-    def abandon_upload(self, token: str) -> None:
+    def abandon_upload(self, token: str, file: BinaryIO) -> None:
         """Forget an upload and its file."""
+        file.close()
         with self._database.write() as connection:
             connection.execute(delete(uploads).where(uploads.c.token_sha256 == _digest(token)))
+        self._part(token).unlink(missing_ok=True)
         self._file(_digest(token)).unlink(missing_ok=True)
 
     def finish_upload(self, name: str, token: str, user_id: int) -> wire.Dataset:
-        """Check the file and register it as `name`. The token is spent either way.
+        """Check the file and register it as `name`. The token of a received upload is spent either way.
 
-        Raises DatasetError with row numbers and reasons (nothing is kept then), Conflict for a taken name, NotFound
-        for an unknown token, Forbidden for somebody else's.
+        Raises DatasetError with row numbers and reasons (nothing is kept then), Conflict for a taken name and for a
+        file that has not come whole, NotFound for an unknown token, Forbidden for somebody else's.
         """
         with self._database.write() as connection:
             upload = _find_upload(connection, token)
             if upload.user_id != user_id:
                 raise Forbidden("this upload was begun by somebody else")
+            if not upload.received:
+                raise Conflict(
+                    f"the file for {name!r} has not been received whole: send it to the presigned URL and wait for the "
+                    "answer. If the sending broke off, begin a new upload"
+                )
             connection.execute(delete(uploads).where(uploads.c.id == upload.id))
         received, canonical = self._file(upload.token_sha256), self._file(upload.token_sha256 + ".jsonl")
         try:
             _check_name(name)
             with self._database.read() as connection:
                 _refuse_taken(connection, name)
-            if not received.is_file():
-                raise DatasetError(f"no file was received for {name!r}; send it to the presigned URL first")
             summary = check_file(received, upload.file_name, canonical, self._max_bytes)
             return self._register(name, canonical, summary, user_id)
         finally:
@@ -128,6 +149,10 @@ class Datasets:
 
     def _file(self, name: str) -> Path:
         return self._artifacts.scratch() / f"upload-{name}"
+
+    def _part(self, token: str) -> Path:
+        """What has come of a body so far. One that a killed server leaves is never read, and swept later."""
+        return self._file(_digest(token) + ".part")
 
     def _sweep(self) -> None:
         """Remove what uploads left behind that were begun and never finished, or whose process was killed."""
@@ -183,6 +208,10 @@ def _find_upload(connection: Connection, token: str) -> Row[Any]:
     if upload is None:
         raise NotFound("this upload is unknown, finished or older than an hour; begin a new upload")
     return upload
+
+
+def _used() -> Conflict:
+    return Conflict("this upload link was used; begin a new upload")
 
 
 def _digest(token: str) -> str:

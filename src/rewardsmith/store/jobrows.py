@@ -61,10 +61,12 @@ def enter(
 def end(
     connection: Connection, job: Row[Any], status: str, *, error: str | None = None, checkpoint: int | None = None
 ) -> None:
-    """Close a job. Its version serves `checkpoint`; None stands for no adapter."""
+    """Close a job. Its version serves `checkpoint`, None for no adapter; that of a canceled job never has one."""
+    if status == "canceled":
+        error, checkpoint = "canceled by the user", None
     connection.execute(update(versions).where(versions.c.id == job.version_id).values(served_checkpoint=checkpoint))
     served = "without an adapter" if checkpoint is None else f"serving checkpoint {checkpoint}"
-    message = f"{status}, {served}" + (f": {error}" if error else "")
+    message = f"{status}, {served}" + (f": {error}" if status == "errored" else "")
     enter(connection, job, status, message, error=error, paused_reason=None, lease_until=None)
 
 
@@ -74,14 +76,23 @@ def end_without_process(connection: Connection, job: Row[Any], status: str, erro
 
 
 def best_checkpoint(connection: Connection, version_id: int, *, or_newest: bool = False) -> int | None:
-    """The number of the newest checkpoint that was the best when it was saved."""
+    """The number of the newest checkpoint that was the best when it was saved, as the present revision judges.
+
+    A process begins a new scale with every revision: rewards of different functions cannot be compared.
+    """
     newest_first = (
         select(checkpoints.c.checkpoint)
         .where(checkpoints.c.version_id == version_id)
         .order_by(checkpoints.c.checkpoint.desc())
         .limit(1)
     )
-    best = connection.scalar(newest_first.where(checkpoints.c.best))
+    since = (
+        select(func.max(revisions.c.effective_step))
+        .join(jobs, jobs.c.id == revisions.c.job_id)
+        .where(jobs.c.version_id == version_id)
+        .scalar_subquery()
+    )
+    best = connection.scalar(newest_first.where(checkpoints.c.best, checkpoints.c.step >= since))
     return connection.scalar(newest_first) if best is None and or_newest else best
 
 

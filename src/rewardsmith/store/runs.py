@@ -141,6 +141,8 @@ class Runs:
     def request(self, uuid: str, action: Literal["cancel", "stop", "resume"]) -> wire.Job:
         """Ask a job to end or go on. A queued job ends at once; asking twice is no error.
 
+        The version of a canceled job serves no adapter; its checkpoints stay, as `repo/version@checkpoint`.
+
         Raises Conflict for a job that has ended otherwise, `resume` of a job that is not paused, `stop` after cancel.
         """
         with self._database.write() as connection:
@@ -244,7 +246,7 @@ class Runs:
             return jobrows.control(connection, jobrows.find(connection, uuid))
 
     def finish(self, uuid: str, finish: wire.Finish, lease_seconds: float) -> wire.Control:
-        """End the job and serve `finish.checkpoint`. The same finish again changes nothing."""
+        """End the job and serve `finish.checkpoint`, unless it was canceled. The same finish again changes nothing."""
         with self._database.write() as connection:
             return jobrows.control(connection, reports.finish(connection, uuid, finish, lease_seconds))
 

@@ -120,7 +120,7 @@ checkpoints = Table(
     Column("state_path", Text),  # training state; only the newest is sure to be there
     Column("fingerprint", String(200), nullable=False),
     Column("eval_reward", Float),
-    Column("best", Boolean, nullable=False),  # was the best when it was saved; the best is the newest of these
+    Column("best", Boolean, nullable=False),  # was the best when it was saved; see jobrows.best_checkpoint
     _created_at(),
 )
 
@@ -131,7 +131,7 @@ uploads = Table(
     Column("token_sha256", String(64), nullable=False, unique=True),
     Column("file_name", Text, nullable=False),
     _owned_by("users"),
-    Column("received", Boolean, nullable=False),
+    Column("received", Boolean, nullable=False),  # whole, to the last byte
     Column("expires_at", UTCDateTime, nullable=False),
 )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
 
 from rewardsmith.errors import JobError
@@ -35,9 +35,13 @@ class JobArtifacts:
         return f"{self._home}/{folder}/{name}-{self._fence}{ending}"
 
     def put(self, path: str, content: bytes) -> None:
-        """Raises JobError; a file is there whole or not at all."""
+        """Raises JobError, also for a path that holds something else; a file is there whole or not at all."""
         try:
-            obstore.put(self._store, path, content)
+            obstore.put(self._store, path, content, mode="create")
+        except AlreadyExistsError:
+            # A store tries again by itself when the answer to a write was lost, and then finds its own file.
+            if self.get(path) != content:
+                raise JobError(f"artifact {path} is there already, with another content") from None
         except (BaseError, OSError) as error:
             raise JobError(f"artifact {path} cannot be written: {error}") from error
 

@@ -8,7 +8,7 @@ those are functions of seed and step.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from peft import PeftModel
@@ -30,7 +30,8 @@ class Progress:
     """What a run knows of itself after `step` steps, besides its weights.
 
     `plateau` is the held-out reward that the next evaluations have to beat, `stale` how many in a row did not.
-    `lowest` and `highest` are totals seen under the present reward functions.
+    `lowest` and `highest` are totals seen. All of these are of `revision`: totals of two sets of reward functions
+    are on two scales, so `use_revision` begins anew.
     """
 
     step: int = 0
@@ -42,10 +43,24 @@ class Progress:
     stale: int = 0
     lowest: float | None = None
     highest: float | None = None
+    revision: int | None = None
+
+    def use_revision(self, number: int) -> None:
+        """Forgets what was compared by another revision; the first evaluation under the new one sets the measure."""
+        if number != self.revision:
+            self.best_checkpoint = self.best_reward = self.plateau = self.lowest = self.highest = None
+            self.stale, self.revision = 0, number
+
+    def with_checkpoint(self, number: int, reward: float | None) -> Progress:
+        """Progress as it is once the present step is saved as `number`; `reward` is its held-out one, if known."""
+        saved = replace(self, last_checkpoint=number, saved_step=self.step)
+        if reward is not None and (self.best_reward is None or reward > self.best_reward):
+            saved.best_reward, saved.best_checkpoint = reward, number
+        return saved
 
     @property
     def served(self) -> int | None:
-        """The checkpoint that the version serves if the run ends now: the best, without held-out rows the last."""
+        """The checkpoint that the version serves if the run ends now: the best, else the newest."""
         return self.best_checkpoint if self.best_checkpoint is not None else self.last_checkpoint
 
 

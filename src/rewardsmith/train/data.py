@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from rewardsmith.errors import DatasetError
@@ -27,16 +28,18 @@ def read_rows(content: bytes) -> list[NumberedRow]:
 
 
 def split_rows(rows: list[NumberedRow], eval_fraction: float, seed: int) -> tuple[list[NumberedRow], list[NumberedRow]]:
-    """(rows to train on, rows to evaluate on). A `split` column decides (contract 2.1), else a draw by `seed`.
+    """(rows to train on, rows to evaluate on). A `split` column decides (contract 2.1), else prompts by `seed`.
 
-    Held-out rows are never trained on; at most EVAL_ROWS of them are evaluated. Raises DatasetError when no row is
-    left to train on.
+    With `eval_fraction` rows of the same prompt are on one side, and a prompt's side depends on nothing but its text
+    and the seed: a run that continues another one inherits the seed and so holds out the same prompts, unless the user
+    sets another seed. Held-out rows are never trained on; at most EVAL_ROWS of them are evaluated. Raises DatasetError
+    when no row is left to train on.
     """
     if any("split" in row for _, row in rows):
         held_out = {number for number, row in rows if row.get("split") == "evaluation"}
     else:
-        drawn = random.Random(f"{seed}/held out").sample(range(len(rows)), round(eval_fraction * len(rows)))
-        held_out = {rows[i][0] for i in drawn}
+        prompts = _held_out_prompts({row["prompt"] for _, row in rows}, eval_fraction, seed)
+        held_out = {number for number, row in rows if row["prompt"] in prompts}
     train = [row for row in rows if row[0] not in held_out]
     evaluated = [row for row in rows if row[0] in held_out]
     if not train:
@@ -44,6 +47,16 @@ def split_rows(rows: list[NumberedRow], eval_fraction: float, seed: int) -> tupl
     if len(evaluated) > EVAL_ROWS:
         evaluated = sorted(random.Random(f"{seed}/evaluated").sample(evaluated, EVAL_ROWS), key=lambda row: row[0])
     return train, evaluated
+
+
+def _held_out_prompts(prompts: set[str], fraction: float, seed: int) -> set[str]:
+    """Those whose place on 0 to 1 is below `fraction`; at least one, and not all, where there are two."""
+    if not fraction or len(prompts) < 2:
+        return set()
+    place = {prompt: random.Random(f"{seed}/held out/{prompt}").random() for prompt in prompts}
+    in_order = sorted(prompts, key=lambda prompt: (place[prompt], prompt))
+    count = sum(value < fraction for value in place.values())
+    return set(in_order[: min(max(count, 1), len(prompts) - 1)])
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class Batches:
         chosen = []
         for place in range(start, start + self.per_step):
             epoch, index = divmod(place, len(self.prompts))
-            chosen.append(self.prompts[self._order(epoch)[index]])
+            chosen.append(self.prompts[_order(len(self.prompts), self.seed, epoch)[index]])
         return chosen
 
     def epoch(self, step: int) -> float:
@@ -71,7 +84,9 @@ class Batches:
     def steps_per_epoch(self) -> int:
         return -(-len(self.prompts) // self.per_step)
 
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self.prompts)))
-        random.Random(f"{self.seed}/epoch {epoch}").shuffle(order)
-        return order
+
+@lru_cache(maxsize=2)  # a step reaches from one epoch into the next
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"{seed}/epoch {epoch}").shuffle(order)
+    return order

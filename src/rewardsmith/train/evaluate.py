@@ -28,14 +28,12 @@ def evaluate(engine: Engine, pool: RewardPool, prompts: Sequence[Prompt], config
     return [sample for group in score(pool, prompts, drawn) for sample in group]
 
 
-def note_evaluation(progress: Progress, samples: Sequence[Sample], checkpoint: int | None) -> dict[str, float]:
-    """Takes an evaluation into account, `checkpoint` being that of the evaluated policy; returns its metrics."""
+def note_evaluation(progress: Progress, samples: Sequence[Sample]) -> dict[str, float]:
+    """Counts an evaluation towards the plateau; returns its metrics. What is best is settled when it is saved."""
     metrics = held_out_metrics(samples)
     reward = metrics.get("eval/total_reward")
     if reward is None:
         return metrics
-    if checkpoint is not None and (progress.best_reward is None or reward > progress.best_reward):
-        progress.best_reward, progress.best_checkpoint = reward, checkpoint
     if progress.plateau is None or reward > progress.plateau + BETTER_BY:
         progress.plateau, progress.stale = reward, 0
     else:

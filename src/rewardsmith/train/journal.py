@@ -116,7 +116,11 @@ class Journal:
         self._give_up_in_time()
 
     def spec(self) -> JobSpec:
-        return self._fetch("spec", JobSpec)
+        spec = self._fetch("spec", JobSpec)
+        with self._turn:
+            if self._control == Control():  # nothing was answered yet
+                self._control = Control(revision=spec.revision.revision)
+        return spec
 
     def revision(self, number: int) -> Revision:
         return self._fetch(f"revisions/{number}", Revision)
@@ -151,11 +155,29 @@ class Journal:
         return self.caught_up
 
     def finish(self, finish: Finish) -> None:
-        """The last report; comes back when it and all before have arrived. Only a lost lease stops it."""
+        """The last report; comes back when it and all before have arrived. Only a lost lease stops it.
+
+        A report that the server refuses on the way is an error of the run, unless the run has one of its own. An end
+        that is refused is told again without its checkpoint. Raises JobError when that is refused too.
+        """
         if not isinstance(self._ended, LeaseLost):
             self._ended = None
         self._pending.append(finish)
-        self._drain(0)
+        while self._pending:
+            try:
+                self._drain(0)
+            except (LeaseLost, ServerLost):
+                raise
+            except JobError as refusal:
+                log.error("%s", refusal)
+                finish = _with_error(finish, refusal)
+                if self._pending:
+                    self._pending[-1] = finish
+                elif finish.checkpoint is None:
+                    raise
+                else:
+                    finish = finish.model_copy(update={"checkpoint": None})
+                    self._pending.append(finish)
 
     def beat(self) -> None:
         """One heartbeat now. Without an answer nothing happens; `check` counts the time."""
@@ -241,6 +263,12 @@ class Journal:
             raise ServerUnreachable(f"{method} {path}: not the journal's JSON, {_said(answer)}") from None
         self._answered = time.monotonic()
         return result
+
+
+def _with_error(finish: Finish, refusal: JobError) -> Finish:
+    if finish.status in ("errored", "canceled"):
+        return finish
+    return finish.model_copy(update={"status": "errored", "error": refusal.message})
 
 
 def _said(answer: httpx.Response) -> str:

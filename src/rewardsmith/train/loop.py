@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
@@ -44,9 +45,10 @@ def train(run: Run) -> Ending:
     run.journal.beat()  # what happened before this attempt: a pause, a new revision
     if run.progress.step == 0 and run.held_out:
         report_base(run)
+    clock = Clock()
     ending = obey(run)
     while ending is None:
-        step, clock = run.progress.step + 1, Clock()
+        step = run.progress.step + 1
         prompts = run.batches.take(step)
         with clock("generate"):
             config = run.config
@@ -62,7 +64,15 @@ def train(run: Run) -> Ending:
         with clock("deliver"):
             deliver(run.model, run.engine, version=step)
         run.progress.step = step
-        report(run, groups, result, mismatch, clock)
+        due = step % config.save_every == 0 or step == run.total_steps
+        evaluation = evaluate_policy(run) if due and run.held_out else Evaluation()
+        report = step_report(run, groups, result, mismatch, evaluation, clock)
+        clock = Clock()  # sending is timed with the step to come: its own report is written by then
+        with clock("report"):
+            run.journal.send(report)
+            if due:
+                save(run, evaluation.reward)
+            pause_on_errors(run, groups)
         ending = obey(run)
     return ending
 
@@ -73,7 +83,7 @@ def compare(run: Run, groups: Sequence[Sequence[Sample]], batch: Sequence[Exampl
     every = max(1, len(samples) // PROBES)
     trainer_N = torch.cat(policy_logps(run.model, batch[::every][:PROBES], run.config, run.vocab)).float().cpu()
     sampler_N = torch.tensor([logp for sample in samples[::every][:PROBES] for logp in sample.completion.logps])
-    mismatch = Mismatch.of(trainer_N, sampler_N, run.config.clip_low, run.config.clip_high)
+    mismatch = Mismatch.of(trainer_N, sampler_N)
     limit = MISMATCH_LIMIT[cast(PreTrainedModel, run.model.get_base_model()).dtype]
     if not mismatch.mean_difference <= limit:
         raise DeliveryError(
@@ -83,69 +93,80 @@ def compare(run: Run, groups: Sequence[Sequence[Sample]], batch: Sequence[Exampl
     return mismatch
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out rows under one policy; empty when they were not drawn."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    segments: list[Segment] = field(default_factory=list)
+
+    @property
+    def reward(self) -> float | None:
+        return self.metrics.get("eval/total_reward")
+
+
+def evaluate_policy(run: Run) -> Evaluation:
+    """The held-out rows under the present policy; their files are written, nothing is sent."""
+    started, step = time.perf_counter(), run.progress.step
+    samples = evaluate(run.engine, run.pool, run.held_out, run.config)
+    moment = Moment(step, run.batches.epoch(step), "eval", run.revision, policy_version=step)
+    segments = write_segments(run.artifacts, moment, samples)
+    metrics = note_evaluation(run.progress, samples)
+    return Evaluation(metrics | {"seconds/evaluate": time.perf_counter() - started}, segments)
+
+
 def report_base(run: Run) -> None:
     """Step 0: the held-out rows under the policy that training starts from."""
-    segments, metrics = held_out(run, None)
-    send(run, 0, metrics, segments)
+    base = evaluate_policy(run)
+    run.journal.send(as_report(run, base.metrics, base.segments))
 
 
-def report(run: Run, groups: Sequence[Sequence[Sample]], result: Update, mismatch: Mismatch, clock: Clock) -> None:
-    """Tells the server of the step that was just taken; when one is due, with an evaluation and a checkpoint."""
-    progress, step = run.progress, run.progress.step
+def step_report(
+    run: Run,
+    groups: Sequence[Sequence[Sample]],
+    result: Update,
+    mismatch: Mismatch,
+    evaluation: Evaluation,
+    clock: Clock,
+) -> StepReport:
+    """The step that was just taken, its completions written to files."""
+    step = run.progress.step
     samples = [sample for group in groups for sample in group]
     moment = Moment(step, run.batches.epoch(step), "train", run.revision, policy_version=step - 1)
     with clock("report"):
         segments = write_segments(run.artifacts, moment, samples)
-    held_out_metrics: dict[str, float] = {}
-    saves = step % run.config.save_every == 0 or step == run.total_steps
-    number = checkpoint.number_at(step, run.config.save_every)
-    if saves and run.held_out:
-        more, held_out_metrics = held_out(run, number)
-        segments += more
-    clock.seconds["report"] += run.send_seconds
     clock.seconds["wait"], run.journal.waited_seconds = run.journal.waited_seconds, 0.0
-    metrics = step_metrics(groups, result, mismatch, progress, clock.seconds) | held_out_metrics
+    metrics = step_metrics(groups, result, mismatch, run.progress, clock.seconds) | evaluation.metrics
     reward = metrics.get("total_reward", float("nan"))
     log.info("step %d of %d: total_reward %.4g, %.1f s", step, run.total_steps, reward, sum(clock.seconds.values()))
-    started = time.perf_counter()
-    send(run, step, metrics, segments)
-    if saves:
-        save(run, held_out_metrics.get("eval/total_reward"))
-    if reason := run.guard.observe(sample.scores for sample in samples):
-        # The server has to know of the pause before this job can wait for its end.
-        run.journal.event("paused", reason, step=step, wait=True)
-    run.send_seconds = time.perf_counter() - started
+    return as_report(run, metrics, segments + evaluation.segments)
 
 
-def held_out(run: Run, number: int | None) -> tuple[list[Segment], dict[str, float]]:
-    """Evaluates the present policy, whose checkpoint gets `number`."""
+def as_report(run: Run, metrics: dict[str, float], segments: list[Segment]) -> StepReport:
     step = run.progress.step
-    samples = evaluate(run.engine, run.pool, run.held_out, run.config)
-    moment = Moment(step, run.batches.epoch(step), "eval", run.revision, policy_version=step)
-    return write_segments(run.artifacts, moment, samples), note_evaluation(run.progress, samples, number)
-
-
-def send(run: Run, step: int, metrics: dict[str, float], segments: list[Segment]) -> None:
     epoch = run.batches.epoch(step)
-    run.journal.send(
-        StepReport(
-            fence=run.journal.fence,
-            step=step,
-            epoch=epoch,
-            total_steps=run.total_steps,
-            steps_per_epoch=run.batches.steps_per_epoch,
-            revision=run.revision,
-            metrics=metrics | {"epoch": epoch},
-            segments=segments,
-        )
+    return StepReport(
+        fence=run.journal.fence,
+        step=step,
+        epoch=epoch,
+        total_steps=run.total_steps,
+        steps_per_epoch=run.batches.steps_per_epoch,
+        revision=run.revision,
+        metrics=metrics | {"epoch": epoch},
+        segments=segments,
     )
 
 
+def pause_on_errors(run: Run, groups: Sequence[Sequence[Sample]]) -> None:
+    if reason := run.guard.observe(sample.scores for group in groups for sample in group):
+        # The server has to know of the pause before this job can wait for its end.
+        run.journal.event("paused", reason, step=run.progress.step, wait=True)
+
+
 def save(run: Run, reward: float | None = None) -> None:
-    """A checkpoint of the present step, `reward` being its held-out one."""
-    progress = run.progress
-    number = checkpoint.number_at(progress.step, run.config.save_every)
-    progress.last_checkpoint, progress.saved_step = number, progress.step
+    """A checkpoint of the present step, `reward` being its held-out one. Raises JobError."""
+    number = checkpoint.number_at(run.progress.step, run.config.save_every)
+    progress = run.progress.with_checkpoint(number, reward)
     saved = checkpoint.publish(run.artifacts, run.model, run.optimizer, progress, number)
     run.journal.send(
         CheckpointReport(
@@ -156,9 +177,10 @@ def save(run: Run, reward: float | None = None) -> None:
             state_path=saved.state_path,
             fingerprint=saved.fingerprint,
             eval_reward=reward,
-            best=reward is not None and progress.best_checkpoint == number,
+            best=progress.best_checkpoint == number,
         )
     )
+    run.progress = progress  # only now: the end of a run may name no checkpoint that the server has not heard of
     if run.journal.caught_up:
         checkpoint.delete_old_states(run.artifacts)
 
@@ -177,8 +199,10 @@ def obey(run: Run) -> Ending | None:
         message = f"stopped early: the held-out reward has not risen by {BETTER_BY} in {PATIENCE} evaluations"
         run.journal.event("info", message, step=progress.step)
         return "completed"
-    if run.journal.control.revision > run.newest:
-        change_rewards(run, run.journal.control.revision)
+    wanted = run.journal.control.revision
+    # Not only newer ones: when a revision is refused, the one before it may be news still.
+    if wanted != run.revision and wanted not in run.refused:
+        change_rewards(run, wanted)
     return None
 
 
@@ -193,19 +217,20 @@ def wait_while_paused(run: Run) -> None:
 
 def change_rewards(run: Run, number: int) -> None:
     """Takes up a new revision for the steps to come; one that cannot be loaded changes nothing."""
-    run.newest = number
     revision = run.journal.revision(number)
-    if revision.refused:
-        return  # by an earlier attempt
+    if revision.refused:  # by an earlier attempt
+        run.refused.add(number)
+        return
     pool = RewardPool(revision.functions)
     try:
         pool.start()
     except RewardPoolError as error:
+        run.refused.add(number)
         message = f"revision {number} is refused and changes nothing: {error.message}"
         run.journal.event("revision", message, revision=number, refused=error.message)
         return
     run.pool.close()
     run.pool, run.revision, run.guard = pool, number, ErrorGuard()
-    run.progress.lowest = run.progress.highest = None
+    run.progress.use_revision(number)
     step = run.progress.step + 1
     run.journal.event("revision", f"revision {number} scores from step {step} on", revision=number, step=step)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import ConfigError, DeliveryError, ModelError
@@ -25,6 +26,7 @@ from rewardsmith.rollout.adapter import Fingerprint, adapter_tensors
 from rewardsmith.rollout.engine import Engine
 
 POLICY, ROLLOUT = "policy", "rollout"
+LINEAR = (torch.nn.Linear, Conv1D)  # Conv1D: what GPT-2 calls its linear layers
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -32,8 +34,9 @@ def attach(base: PreTrainedModel, config: GRPOConfig, base_name: str) -> PeftMod
     """The base with a new adapter (B zero, A by `config.seed`) under both names. Without `target_modules`, LoRA goes
     to all linear layers but the head.
 
-    Raises ConfigError when `target_modules` names something that the base does not have.
+    Raises ConfigError when `target_modules` names anything else than linear layers of the base.
     """
+    _check_targets(base, config.target_modules or [])
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.lora_alpha,
@@ -42,18 +45,27 @@ def attach(base: PreTrainedModel, config: GRPOConfig, base_name: str) -> PeftMod
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(config.seed)
-    try:
-        model = get_peft_model(base, settings, adapter_name=POLICY)
-    except ValueError as error:
-        linear = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
-        raise ConfigError(
-            f"GRPOConfig.target_modules={config.target_modules} does not fit the base model: {error} "
-            f"Its linear layers: {', '.join(sorted(linear))}"
-        ) from None
+    model = get_peft_model(base, settings, adapter_name=POLICY)
     model.peft_config[POLICY].base_model_name_or_path = base_name
     model.add_adapter(ROLLOUT, copy(model.peft_config[POLICY]))
     model.set_adapter(POLICY)
     return model
+
+
+def _check_targets(base: PreTrainedModel, targets: list[str]) -> None:
+    """PEFT passes over a name without a layer, and its adapters of embeddings have another shape than ours."""
+    found = {
+        target: [m for name, m in base.named_modules() if name == target or name.endswith(f".{target}")]
+        for target in targets
+    }
+    unknown = [target for target in targets if not found[target]]
+    other = [target for target in targets if not all(isinstance(module, LINEAR) for module in found[target])]
+    for names, what in ((unknown, "the base model has no such layer"), (other, "LoRA goes on linear layers only")):
+        if names:
+            linear = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, LINEAR)}
+            raise ConfigError(
+                f"GRPOConfig.target_modules={names}: {what}. Its linear layers: {', '.join(sorted(linear))}"
+            )
 
 
 def parameters(model: PeftModel) -> list[torch.nn.Parameter]:

@@ -39,7 +39,7 @@ RECOMMENDED_STEPS = 200  # contract 2.1
 
 @dataclass
 class Run:
-    """All parts of a running job. `revision` scores the next step, `newest` is the newest one that was looked at."""
+    """All parts of a running job. `revision` scores the next step, `refused` are those that could not be loaded."""
 
     config: GRPOConfig
     journal: Journal
@@ -55,10 +55,9 @@ class Run:
     progress: Progress
     pool: RewardPool
     revision: int
-    newest: int
     yielding: Callable[[], bool]
+    refused: set[int] = field(default_factory=set)
     guard: ErrorGuard = field(default_factory=ErrorGuard)
-    send_seconds: float = 0.0  # what the newest report took on its way
 
 
 @contextmanager
@@ -71,8 +70,7 @@ def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool]) -> Ite
     train, held_out, left_out = _prompts(artifacts.get(spec.dataset_path), config, tokenizer, context)
     total_steps = config.total_steps(len(train))
     if spec.attempt == 1:
-        longest = max(len(prompt.ids) for prompt in [*train, *held_out])
-        for message in _remarks(config, total_steps, len(held_out), left_out, context, longest):
+        for message in _remarks(config, total_steps, train, held_out, left_out, context):
             journal.event("warning", message)
 
     model = lora.attach(base, config, spec.base_model_source)
@@ -84,6 +82,7 @@ def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool]) -> Ite
         progress = Progress()
         if spec.continue_from_path:
             _continue_from(model, artifacts, spec.continue_from_path, config)
+    progress.use_revision(spec.revision.revision)
     engine = PlainEngine(model, tokenizer, lora.ROLLOUT, between_tokens=journal.check)
     lora.deliver(model, engine, version=progress.step)
 
@@ -104,7 +103,6 @@ def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool]) -> Ite
         progress=progress,
         pool=pool,
         revision=spec.revision.revision,
-        newest=spec.revision.revision,
         yielding=yielding,
     )
     log.info("%d rows, %d held out, steps %d to %d", len(train), len(held_out), progress.step + 1, total_steps)
@@ -134,10 +132,20 @@ def _prompts(
 
 
 def _remarks(
-    config: GRPOConfig, total_steps: int, held_out: int, left_out: int, context: int | None, longest: int
+    config: GRPOConfig,
+    total_steps: int,
+    train: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    left_out: int,
+    context: int | None,
 ) -> Iterator[str]:
-    """What the user should know of this config before it runs, in plain words."""
+    """What the user should know of this config and these rows before the run, in plain words."""
     sampling, fields = config.sampling_params, GRPOConfig.model_fields
+    longest = max(len(prompt.ids) for prompt in [*train, *held_out])
+    if leaked := len({prompt.text for prompt in train} & {prompt.text for prompt in held_out}):
+        yield f"{leaked} prompt(s) are both trained on and held out by the `split` column: held-out rewards flatter"
+    if config.eval_fraction and any("split" in prompt.example for prompt in [*train, *held_out]):
+        yield "eval_fraction cannot act: the dataset's `split` column says which rows are held out"
     if left_out:
         yield f"{left_out} row(s) left out: their prompts are too long for max_prompt_tokens or the model's context"
     if context and longest + sampling.max_tokens > context:
@@ -147,6 +155,11 @@ def _remarks(
         )
     if config.enable_early_stopping and not held_out:
         yield "early stopping cannot act: no rows are held out (a `split` column or eval_fraction names some)"
+    scheduler = config.lr_scheduler
+    if scheduler.num_cycles > 1 and scheduler.type != "cosine_with_restarts":
+        yield f"num_cycles={scheduler.num_cycles} cannot act: only lr_scheduler cosine_with_restarts has cycles"
+    if scheduler.type == "constant" and config.warmup_ratio not in (0, fields["warmup_ratio"].default):
+        yield f"warmup_ratio={config.warmup_ratio} cannot act with lr_scheduler constant: use constant_with_warmup"
     if "8bit" in config.optimizer.type or "paged" in config.optimizer.type:
         yield f"optimizer {config.optimizer.type}: AdamW runs with 32-bit states in ordinary memory"
     if (config.clip_low, config.clip_high) != (fields["clip_low"].default, fields["clip_high"].default):

@@ -110,6 +110,8 @@ def _only_adapter_dropout(model: PeftModel) -> None:
 
 def make_optimizer(model: PeftModel, config: OptimizerConfig, learning_rate: float) -> torch.optim.AdamW:
     """AdamW with 32-bit states, whatever the accepted name; `setup` says so where the name promises something else."""
+    learned = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert learned == {id(parameter) for parameter in parameters(model)}, "the optimizer has to train all of the policy"
     for parameter in parameters(model):
         # There from the start: AdamW passes over a parameter without a gradient, and a resumed run would differ.
         parameter.grad = torch.zeros_like(parameter)

@@ -9,8 +9,8 @@ from fastapi.responses import FileResponse
 from starlette.concurrency import run_in_threadpool
 
 from rewardsmith import wire
-from rewardsmith.server.auth import DOWNLOADS, Caller
-from rewardsmith.server.boundary import UPLOADS
+from rewardsmith.server.auth import Caller
+from rewardsmith.server.boundary import DOWNLOADS, UPLOADS
 from rewardsmith.server.context import LinksOf, StoreOf
 
 router = APIRouter(tags=["datasets"])
@@ -26,13 +26,13 @@ def begin_upload(body: wire.UploadRequest, request: Request, caller: Caller, sto
 @router.put(UPLOADS + "{token}", status_code=200)
 async def receive_upload(token: str, request: Request, store: StoreOf) -> None:
     """The body goes to disk as it comes; the token in the path is the credential."""
-    path = await run_in_threadpool(store.datasets.upload_file, token)
+    file = await run_in_threadpool(store.datasets.receive_upload, token)
     try:
-        with path.open("wb") as file:
-            async for chunk in request.stream():
-                await run_in_threadpool(file.write, chunk)
-    except BaseException:  # Also a cancelled request: half a file must not become a dataset.
-        store.datasets.abandon_upload(token)
+        async for chunk in request.stream():
+            await run_in_threadpool(file.write, chunk)
+        await run_in_threadpool(store.datasets.complete_upload, token, file)
+    except BaseException:  # Also a cancelled request: half a file is of no use.
+        await run_in_threadpool(store.datasets.abandon_upload, token, file)
         raise
 
 

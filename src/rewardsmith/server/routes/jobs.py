@@ -89,7 +89,7 @@ def get_tensorboard_logs(uuid: str, caller: Caller, store: StoreOf) -> dict[str,
 
 @router.post("/{uuid}/cancel")
 def cancel_job(uuid: str, caller: Caller, store: StoreOf) -> wire.Job:
-    """End it at once, without an adapter."""
+    """End it at once, without an adapter; its checkpoints stay, as `repo/version@checkpoint`."""
     return store.runs.request(uuid, "cancel")
 
 
