@@ -56,7 +56,9 @@ def source_of(name: str) -> str:
         return ALIASES[name].source
     if Path(name).is_dir():
         return str(Path(name).absolute())
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if name.startswith((".", "/", "~")):
+        raise ConfigError(f"base_model {name!r}: there is no such folder where the server runs")
+    if name.count("/") == 1:
         return name
     near = difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?" if near else f"aliases: {', '.join(ALIASES)}"

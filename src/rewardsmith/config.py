@@ -284,7 +284,7 @@ class GRPOConfig(Section):
 
     # The original's fields (contract 1.6).
     task: Literal["grpo"] = "grpo"
-    base_model: str | None = None
+    base_model: str | None = Field(default=None, min_length=1)
     adapter: Literal["lora"] = "lora"
     epochs: int | None = Field(default=None, ge=1, le=100_000)
     train_steps: int | None = Field(default=None, ge=1, le=1_000_000)

@@ -10,7 +10,7 @@ import pytest
 from client.scripted import USER, Answer, ScriptedServer, job, scripted_server, sse, step
 
 from rewardsmith import ConfigError, DatasetError, FinetuningError, GRPOConfig, RequestError, ResponseError, Rewardsmith
-from rewardsmith.client.objects import AdapterId
+from rewardsmith.wire import AdapterId
 
 DATASET = {"uuid": "d-1", "id": 7, "name": "rows", "rows": 2, "columns": ["prompt"]}
 JOBS = "/v2/finetuning/jobs"

@@ -113,6 +113,9 @@ NO_NUMBERS = {
         "a Number that is not one number (no item)",
     ),
     "two elements": ("import numpy; return numpy.ones(2)", "a ndarray that is not one number"),
+    "float too large": ("return -1.5e308", "returned -1.5e+308, too large to compare; return a number from -1e+12"),
+    "int too large": ("return 10**200", "returned 1e+200, too large to compare"),
+    "int beyond any float": ("return 10**400", "returned an int too large to compare"),
     "half precision overflow": ("import numpy; return numpy.float16(70000)", "inf (float16)"),
 }
 

@@ -7,7 +7,7 @@ from tokenizers import decoders
 from rewardsmith.config import SamplingParamsConfig
 from rewardsmith.errors import DeliveryError, JobCanceled, ModelError
 from rewardsmith.rollout.adapter import Fingerprint, adapter_tensors
-from rewardsmith.rollout.engine import Completion, PlainEngine
+from rewardsmith.rollout.engine import Completion, PlainEngine, _cache_bytes_per_token
 from rewardsmith.rollout.sampling import completion_seed
 
 VOCAB, END = len(WORDS), 1
@@ -86,6 +86,27 @@ def test_batches_that_exceed_the_cache_change_nothing(monkeypatch: pytest.Monkey
     expected = engine.generate(PROMPTS, 4, params, seeds)
     monkeypatch.setattr("rewardsmith.rollout.engine.CACHE_BYTES", 1)
     assert ids(engine.generate(PROMPTS, 4, params, seeds)) == ids(expected)
+
+
+def test_a_group_larger_than_the_cache_is_sampled_in_parts(monkeypatch: pytest.MonkeyPatch):
+    model = adapted("qwen2")
+    engine = PlainEngine(model, tokenizer())
+    params, seeds = SamplingParamsConfig(max_tokens=12), seeds_for(32)
+    expected = engine.generate(PROMPTS, 8, params, seeds)
+    room = 3 * (3 + 12)  # three rows of the prompts with three tokens, two of the longest one
+    monkeypatch.setattr("rewardsmith.rollout.engine.CACHE_BYTES", room * _cache_bytes_per_token(engine._config))
+    rows: list[int] = []
+    model.get_base_model().register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    assert ids(engine.generate(PROMPTS, 8, params, seeds)) == ids(expected)
+    assert max(rows) == 3
+
+
+def test_the_cache_is_planned_by_what_fits_the_context(monkeypatch: pytest.MonkeyPatch):
+    engine = PlainEngine(adapted("qwen2"), tokenizer())
+    monkeypatch.setattr("rewardsmith.rollout.engine.CACHE_BYTES", 8 * CONTEXT * _cache_bytes_per_token(engine._config))
+    assert list(engine._batches([[5], [6]], 4, 10**7)) == [([0, 1], range(4))]
 
 
 def ids(groups: list[list[Completion]]) -> list[list[list[int]]]:

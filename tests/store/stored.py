@@ -11,41 +11,10 @@ import pyarrow.parquet as pq
 
 from rewardsmith import wire
 from rewardsmith.store import Claim, Store
+from rewardsmith.train.segments import COMPLETIONS, REWARD_LOGS
 
 OWNER_ID = 1
 LEASE = 60.0
-SCORE = pa.struct([("value", pa.float64()), ("outcome", pa.string()), ("seconds", pa.float64())])
-COMPLETIONS = pa.schema(
-    [
-        ("step", pa.int32()),
-        ("idx", pa.int32()),
-        ("epoch", pa.float64()),
-        ("phase", pa.string()),
-        ("row", pa.int32()),
-        ("sample", pa.int32()),
-        ("prompt", pa.string()),
-        ("completion", pa.string()),
-        ("total_reward", pa.float64()),
-        ("advantage", pa.float64()),
-        ("finish_reason", pa.string()),
-        ("tokens", pa.int32()),
-        ("revision", pa.int32()),
-        ("policy_version", pa.int32()),
-        ("scores", pa.map_(pa.string(), SCORE)),
-    ]
-)
-REWARD_LOGS = pa.schema(
-    [
-        *(COMPLETIONS.field(name) for name in ("step", "idx", "epoch", "phase", "row", "sample")),
-        ("function", pa.string()),
-        ("revision", pa.int32()),
-        ("outcome", pa.string()),
-        ("value", pa.float64()),
-        ("seconds", pa.float64()),
-        ("prints", pa.string()),
-        ("error", pa.string()),
-    ]
-)
 
 
 def open_store(folder: Path) -> Store:
@@ -54,8 +23,15 @@ def open_store(folder: Path) -> Store:
 
 def upload(store: Store, name: str, content: bytes, file_name: str = "rows.jsonl") -> wire.Dataset:
     token = store.datasets.begin_upload(file_name, OWNER_ID)
-    store.datasets.upload_file(token).write_bytes(content)
+    receive(store, token, content)
     return store.datasets.finish_upload(name, token, OWNER_ID)
+
+
+def receive(store: Store, token: str, content: bytes) -> None:
+    """What the presigned URL does with a body."""
+    file = store.datasets.receive_upload(token)
+    file.write(content)
+    store.datasets.complete_upload(token, file)
 
 
 def function(name: str = "exact", source: str = "def exact(p, c, e):\n    return 1.0\n") -> wire.RevisionFunction:

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from stored import OWNER_ID, claim, create_job, finish, upload
+from stored import OWNER_ID, claim, create_job, finish, open_store, receive, upload
 
 from rewardsmith.errors import Conflict, DatasetError, Forbidden, NotFound
 from rewardsmith.store import Store
@@ -87,33 +87,53 @@ def test_odd_names_are_plain_data(store: Store, name: str) -> None:
 @pytest.mark.parametrize("file_name", ["../../etc/cron.d/x.jsonl", "/tmp/x.jsonl", "a\nb.jsonl", "'; --.jsonl"])
 def test_the_users_file_name_never_names_a_file(store: Store, file_name: str) -> None:
     token = store.datasets.begin_upload(file_name, OWNER_ID)
-    path = store.datasets.upload_file(token)
+    with store.datasets.receive_upload(token) as file:
+        path = Path(file.name)
     assert path.parent == store.artifacts.scratch() and token not in path.name
     assert path.parent.stat().st_mode & 0o077 == 0
 
 
 def test_an_upload_token_is_for_one_upload_of_its_user(store: Store) -> None:
     token = store.datasets.begin_upload("rows.jsonl", OWNER_ID)
-    with pytest.raises(DatasetError, match="no file was received for 'early'"):
-        store.datasets.finish_upload("early", token, OWNER_ID)
-    with pytest.raises(NotFound, match="begin a new upload"):
-        store.datasets.upload_file(token)
-    token = store.datasets.begin_upload("rows.jsonl", OWNER_ID)
-    store.datasets.upload_file(token).write_bytes(ROWS)
-    with pytest.raises(Conflict, match="this upload link was used"):
-        store.datasets.upload_file(token)
+    receive(store, token, ROWS)
+    for use in (store.datasets.receive_upload, store.datasets.check_upload):
+        with pytest.raises(Conflict, match="this upload link was used"):
+            use(token)
     with pytest.raises(Forbidden, match="begun by somebody else"):
         store.datasets.finish_upload("sums", token, OWNER_ID + 1)
     store.datasets.finish_upload("sums", token, OWNER_ID)
-    for use in (store.datasets.upload_file, lambda spent: store.datasets.finish_upload("again", spent, OWNER_ID)):
+    for use in (store.datasets.receive_upload, store.datasets.check_upload, lambda spent: store.datasets.finish_upload("again", spent, OWNER_ID)):
         with pytest.raises(NotFound):
             use(token)
 
 
+def test_half_an_upload_is_no_dataset(store: Store, tmp_path: Path) -> None:
+    token = store.datasets.begin_upload("rows.jsonl", OWNER_ID)
+    with pytest.raises(Conflict, match="file for 'early' has not been received whole: send it to the presigned URL"):
+        store.datasets.finish_upload("early", token, OWNER_ID)
+    file = store.datasets.receive_upload(token)
+    file.write(ROWS[: ROWS.index(b"\n") + 1])
+    file.flush()
+    for use in (store.datasets.receive_upload, store.datasets.check_upload):
+        with pytest.raises(Conflict, match="this upload link was used"):
+            use(token)
+    successor = open_store(tmp_path)  # of a server that was killed here
+    for datasets in (store.datasets, successor.datasets):
+        with pytest.raises(Conflict, match="has not been received whole"):
+            datasets.finish_upload("half", token, OWNER_ID)
+    successor.close()
+    file.write(ROWS[ROWS.index(b"\n") + 1 :])
+    store.datasets.complete_upload(token, file)
+    assert store.datasets.finish_upload("whole", token, OWNER_ID).rows == 2
+    assert [path for path in files(store) if "upload" in path] == []
+
+
 def test_an_abandoned_upload_leaves_nothing(store: Store) -> None:
     token = store.datasets.begin_upload("rows.jsonl", OWNER_ID)
-    store.datasets.upload_file(token).write_bytes(ROWS[:10])
-    store.datasets.abandon_upload(token)
+    file = store.datasets.receive_upload(token)
+    file.write(ROWS[:10])
+    store.datasets.abandon_upload(token, file)
+    assert file.closed
     assert files(store) == []
     with pytest.raises(NotFound):
         store.datasets.finish_upload("sums", token, OWNER_ID)
@@ -121,23 +141,22 @@ def test_an_abandoned_upload_leaves_nothing(store: Store) -> None:
 
 def test_an_upload_expires_with_its_file(store: Store, tmp_path: Path) -> None:
     token = store.datasets.begin_upload("rows.jsonl", OWNER_ID)
-    path = store.datasets.upload_file(token)
-    path.write_bytes(ROWS)
+    receive(store, token, ROWS)
+    (path,) = store.artifacts.scratch().iterdir()
     os.utime(path, (0, 0))
     with sqlite3.connect(tmp_path / "db" / "rewardsmith.sqlite") as database:
         database.execute("UPDATE uploads SET expires_at = '2020-01-01 00:00:00.000000'")
     database.close()
     with pytest.raises(NotFound, match="older than an hour"):
         store.datasets.finish_upload("sums", token, OWNER_ID)
-    young = store.datasets.upload_file(store.datasets.begin_upload("rows.jsonl", OWNER_ID))
-    young.write_bytes(ROWS)
+    receive(store, store.datasets.begin_upload("rows.jsonl", OWNER_ID), ROWS)
     store.datasets.begin_upload("other.jsonl", OWNER_ID)
-    assert not path.exists() and young.exists()
+    assert not path.exists() and len(files(store)) == 1
 
 
 def test_one_upload_finished_twice_at_once_makes_one_dataset(store: Store) -> None:
     token = store.datasets.begin_upload("rows.jsonl", OWNER_ID)
-    store.datasets.upload_file(token).write_bytes(ROWS * 1000)
+    receive(store, token, ROWS * 1000)
     made: list[str] = []
     start = threading.Barrier(2)
 

@@ -334,8 +334,33 @@ def test_a_job_that_was_to_end_does_not_start_again(store: Store, action: str, e
     else:
         store.runs.fail_attempt(job.uuid, claimed.fence, "killed", 3)
     assert status(store, job.uuid) == ended
-    assert store.registry.get_version("math", 1).checkpoint == 1
+    assert store.registry.get_version("math", 1).checkpoint == (None if action == "cancel" else 1)
     assert store.runs.live() == []
+
+
+def test_a_canceled_version_serves_nothing_and_keeps_its_checkpoints(store: Store) -> None:
+    job = create_job(store)
+    claimed = claim(store)
+    report_checkpoint(store, claimed, 1, 5, best=True)
+    store.runs.request(job.uuid, "cancel")
+    finish(store, claimed, "canceled", checkpoint=1)
+    version = store.registry.get_version("math", 1)
+    assert (version.checkpoint, version.adapter_path) == (None, None)
+    assert version.finetuning_job is not None and version.finetuning_job.error == "canceled by the user"
+    with pytest.raises(NotFound, match=r"is canceled \(canceled by the user\); math/1@1 is its newest checkpoint"):
+        store.registry.adapter_path("math", 1)
+    assert store.registry.adapter_path("math", 1, 1).endswith("1-step-5")
+    assert store.runs.events(job.uuid)[-1].message == "canceled, without an adapter"
+
+
+def test_a_live_job_tells_how_long_it_has_been_asked_to_cancel(store: Store) -> None:
+    job = create_job(store)
+    claim(store)
+    store.runs.request(job.uuid, "stop")
+    assert store.runs.live()[0].canceling_seconds is None
+    store.runs.request(job.uuid, "cancel")
+    (live,) = store.runs.live()
+    assert live.canceling_seconds is not None and 0 <= live.canceling_seconds < 60
 
 
 def test_cancel_is_stronger_than_stop(store: Store) -> None:

@@ -189,6 +189,32 @@ def test_the_best_checkpoint_is_the_last_that_was_and_the_newest_state_is_resume
     assert [saved.checkpoint for saved in store.registry.get_version("math", 1).checkpoints] == [1, 2, 3, 4]
 
 
+def test_the_best_is_looked_for_since_the_newest_revision(store: Store) -> None:
+    job = create_job(store)
+    claimed = claim(store)
+
+    def best() -> list[int]:
+        return [saved.checkpoint for saved in store.registry.get_version("math", 1).checkpoints if saved.best]
+
+    report_checkpoint(store, claimed, 1, 5, best=True, eval_reward=10.0)
+    assert best() == [1]
+    store.runs.add_revision(job.uuid, params("two"), [function("two")], "owner")
+    assert best() == [1]
+    event(store, claimed, "revision", revision=2, step=6)
+    assert best() == []
+    report_checkpoint(store, claimed, 2, 6, best=True, eval_reward=0.5)
+    report_checkpoint(store, claimed, 3, 7, eval_reward=0.4)
+    assert best() == [2]
+    store.runs.add_revision(job.uuid, params("three"), [function("three")], "owner")
+    event(store, claimed, "revision", revision=3, refused="it does not load")
+    assert best() == [2]
+    store.runs.add_revision(job.uuid, params("four"), [function("four")], "owner")
+    event(store, claimed, "revision", revision=4, step=8)
+    assert best() == []
+    store.runs.fail_attempt(job.uuid, claimed.fence, "gone", 1)
+    assert store.registry.get_version("math", 1).checkpoint == 3
+
+
 def test_a_checkpoint_sent_again_changes_nothing(store: Store) -> None:
     create_job(store)
     claimed = claim(store)

@@ -5,7 +5,8 @@ import pytest
 from stored import OWNER_ID, claim, create_job, finish, open_store, report_checkpoint
 
 from rewardsmith.errors import ConfigError, Conflict, Forbidden, NotFound, Unauthorized
-from rewardsmith.store import AdapterId, Identity, Store
+from rewardsmith.store import Identity, Store
+from rewardsmith.wire import AdapterId
 
 
 def test_the_owner_has_one_token_and_only_its_digest_is_kept(store: Store, tmp_path: Path) -> None:
@@ -160,8 +161,8 @@ def test_adapter_ids(text: str, parsed: AdapterId) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["math", "math/", "math/x", "math/3@", "math/-1", "a/b/3", "math/3@1@2", "math/3\n", ""]
+    "text", ["math", "math/", "math/x", "math/3@", "math/-1", "a/b/3", "math/3@1@2", "math/3\n", "math/0", "math/3@0", "a@b/3", "math/٣", ""]
 )
 def test_other_adapter_ids_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"repo/version or repo/version@checkpoint"):
+    with pytest.raises(ConfigError, match="<repo>/<version> or <repo>/<version>@<checkpoint>"):
         AdapterId.parse(text)

@@ -1,3 +1,4 @@
+import random
 from collections import Counter
 
 import pytest
@@ -30,12 +31,40 @@ def test_a_fraction_is_drawn_by_the_seed():
     parts = [split_rows(rows(40), 0.25, seed) for seed in (1, 1, 2)]
     assert parts[0] == parts[1] != parts[2]
     for train, held_out in parts:
-        assert len(held_out) == 10 and sorted(numbers(train) + numbers(held_out)) == list(range(40))
+        assert sorted(numbers(train) + numbers(held_out)) == list(range(40))
+    shares = [len(split_rows(rows(40), 0.25, seed)[1]) / 40 for seed in range(200)]
+    assert sum(shares) / 200 == pytest.approx(0.25, abs=0.02)
+
+
+def test_a_fraction_holds_out_prompts_and_not_rows():
+    repeated = [(i, {"prompt": f"p{i % 10}"}) for i in range(100)]
+    for seed in range(20):
+        sides = [{row["prompt"] for _, row in side} for side in split_rows(repeated, 0.2, seed)]
+        assert all(sides) and not sides[0] & sides[1] and len(sides[0] | sides[1]) == 10
+
+
+def test_a_prompts_side_does_not_depend_on_the_other_rows():
+    few, many = split_rows(rows(50), 0.25, 3)[1], split_rows(rows(200), 0.25, 3)[1]
+    assert numbers(few) == [number for number in numbers(many) if number < 50] and few
+
+
+def test_a_fraction_leaves_a_row_on_each_side_when_there_are_two_prompts():
+    for seed in range(50):
+        for fraction in (0.001, 0.5):
+            train, held_out = split_rows(rows(2), fraction, seed)
+            assert len(train) == len(held_out) == 1
+    assert split_rows(rows(1), 0.5, 0) == (rows(1), [])
+    assert split_rows(rows(9), 0.0, 0) == (rows(9), [])
+
+
+def test_half_a_surrogate_pair_has_a_side_too():
+    odd = [(0, {"prompt": "a\ud800"}), (1, {"prompt": "a"})]
+    assert all(split_rows(odd, 0.5, 0))
 
 
 def test_no_more_than_the_limit_is_evaluated_and_the_rest_is_not_trained_on():
     train, held_out = split_rows(rows(2000), 0.5, seed=0)
-    assert (len(train), len(held_out)) == (1000, EVAL_ROWS)
+    assert 900 < len(train) < 1100 and len(held_out) == EVAL_ROWS
     assert not set(numbers(train)) & set(numbers(held_out))
 
 
@@ -66,3 +95,18 @@ def test_a_step_may_take_more_prompts_than_there_are_rows():
 
 def test_epochs_are_counted_in_rows():
     assert (batches(10, 4).epoch(5), batches(10, 4).steps_per_epoch) == (2.0, 3)
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch):
+    shuffled = []
+
+    class Counting(random.Random):
+        def shuffle(self, x) -> None:
+            shuffled.append(len(x))
+            super().shuffle(x)
+
+    monkeypatch.setattr(random, "Random", Counting)
+    long = batches(1000, 16, seed=77)
+    for step in range(1, 64):  # 1008 prompts: the last step reaches into the second epoch
+        long.take(step)
+    assert shuffled == [1000, 1000]

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from rewardsmith.rewards.outcomes import LARGEST_TOTAL
 from rewardsmith.train.grpo import advantages, k3, policy_losses, weights, zero_signal
 
 NAN = math.nan
@@ -111,3 +112,10 @@ def test_completions_without_a_total_are_in_no_denominator():
     assert close(weights(lengths, counted, "grpo", 10), [1 / 4, 0, 1 / 6])
     assert close(weights(lengths, counted, "dapo", 10), [0.2, 0, 0.2])
     assert close(weights(lengths, counted, "dr_grpo", 10), [1 / 20, 0, 1 / 20])
+
+
+@pytest.mark.parametrize("kind", ["group_std", "group_mean", "batch_std"])
+def test_advantages_of_the_largest_totals_are_finite(kind: str):
+    big = LARGEST_TOTAL
+    found = advantages(torch.tensor([[-big, big, big, 0.0], [0.0, 1.0, big, math.nan]], dtype=torch.float64), kind)
+    assert found.isfinite().all() and found[0, 0] < 0 < found[0, 1]

@@ -181,3 +181,49 @@ def test_a_report_waits_for_its_turn_behind_a_slow_heartbeat():
         beating.join(20)
         sender.join(20)
         assert journal.control.paused
+
+
+def test_an_end_that_is_refused_for_its_checkpoint_is_told_without_it():
+    with ScriptedServer() as server, connect(server) as journal:
+        server.faults.append(400)
+        journal.finish(Finish(fence=1, status="errored", error="disk full", checkpoint=3))
+        assert server.bodies("finish") == [{"fence": 1, "status": "errored", "error": "disk full", "checkpoint": None}]
+
+
+def test_a_run_that_cannot_serve_its_checkpoint_is_not_completed():
+    with ScriptedServer() as server, connect(server) as journal:
+        server.faults.append(400)
+        journal.finish(Finish(fence=1, status="completed", checkpoint=3))
+        (body,) = server.bodies("finish")
+        assert (body["status"], body["checkpoint"]) == ("errored", None)
+        assert "refused the job's finish: 400" in body["error"]
+
+
+def test_a_refused_report_before_the_end_does_not_keep_it_back():
+    with ScriptedServer() as server, connect(server) as journal:
+        server.faults.extend([503, 503])
+        journal.send(step(1))
+        journal.send(step(2))
+        server.faults.extend([400, 400])
+        journal.finish(Finish(fence=1, status="completed", checkpoint=3))
+        (body,) = server.bodies("finish")
+        assert (body["status"], body["checkpoint"]) == ("errored", 3)
+        assert "refused the job's report: 400" in body["error"]
+
+
+def test_an_end_that_is_refused_again_is_an_error():
+    with ScriptedServer() as server, connect(server) as journal:
+        server.faults.extend([400, 400])
+        with pytest.raises(JobError, match="refused the job's finish"):
+            journal.finish(Finish(fence=1, status="canceled", checkpoint=3))
+
+
+def test_until_the_server_answers_the_specs_revision_is_the_one_to_run(tmp_path):
+    with ScriptedServer(spec(tmp_path, tmp_path, config(), first=revision(4, length=LENGTH))) as server:
+        with connect(server) as journal:
+            journal.spec()
+            assert journal.control == Control(revision=4)
+            server.control = Control(action="stop")
+            journal.beat()
+            journal.spec()
+            assert journal.control == Control(action="stop")

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from job_runs import (
     LENGTH,
     LETTER_A,
+    UUID,
     config,
     function,
     revision,
@@ -25,6 +27,7 @@ from scripted_server import ScriptedServer
 from tiny_models import random_model, save_model, tokenizer
 
 from rewardsmith.jobs.entry import LEASE_LOST, YIELDED
+from rewardsmith.train.evaluate import PATIENCE
 from rewardsmith.train.lora import CONFIG_FILE, WEIGHTS_FILE
 from rewardsmith.wire import Control, ResumePoint
 
@@ -74,7 +77,7 @@ NOT_TIMED = {
 }
 TIMED = {
     *("seconds/generate", "seconds/score", "seconds/update", "seconds/deliver", "seconds/report", "seconds/wait"),
-    *("tokens_per_second", "reward/letter_a/seconds_p95"),
+    *("tokens_per_second", "reward/letter_a/seconds_p95", "seconds/evaluate"),
 }
 
 
@@ -94,10 +97,14 @@ def test_a_job_reports_every_step_its_completions_and_an_adapter_that_peft_loads
         assert run(server) == 0
     reports = server.bodies("report")
     assert [body["step"] for body in reports] == [0, 1, 2, 3, 4]
-    assert set(reports[0]["metrics"]) == {"eval/total_reward", "eval/letter_a", "epoch"}
+    held_out = {"eval/total_reward", "eval/letter_a", "seconds/evaluate"}
+    assert set(reports[0]["metrics"]) == held_out | {"epoch"}
     for body in reports[1:]:
-        held_out = {"eval/total_reward", "eval/letter_a"} if body["step"] in (2, 4) else set()
-        assert set(body["metrics"]) == NOT_TIMED | TIMED | {"kl"} | held_out
+        assert set(body["metrics"]) - TIMED == NOT_TIMED | {"kl"} | (
+            held_out - TIMED if body["step"] in (2, 4) else set()
+        )
+        assert TIMED - set(body["metrics"]) == (set() if body["step"] in (2, 4) else {"seconds/evaluate"})
+        assert (body["metrics"]["clip_ratio/low"], body["metrics"]["clip_ratio/high"]) == (0, 0)
         assert (body["totalSteps"], body["stepsPerEpoch"], body["revision"]) == (4, 3, 1)
         assert body["epoch"] == pytest.approx(body["step"] / 3)
     assert max(series(server, "mismatch/logp_max_diff").values()) < 1e-4
@@ -190,6 +197,9 @@ def test_what_a_config_cannot_do_is_said_once_in_plain_words(model: Path, tmp_pa
         clip_high=0.28,
         sampling_params={"max_tokens": 60, "top_k": 5},
         effective_batch_size=4,
+        eval_fraction=0.2,
+        warmup_ratio=0.1,
+        lr_scheduler={"type": "constant", "num_cycles": 2},
     )
     with ScriptedServer(spec(tmp_path, model, job)) as server:
         assert run(server) == 0
@@ -202,12 +212,23 @@ def test_what_a_config_cannot_do_is_said_once_in_plain_words(model: Path, tmp_pa
         "clip_low and clip_high cannot act",
         "top_k=5 and top_p=1.0",
         "1 steps are fewer than the recommended 200",
+        "eval_fraction cannot act",
+        "num_cycles=2 cannot act",
+        "warmup_ratio=0.1 cannot act",
     ):
         assert sum(part in message for message in said) == 1, (part, said)
-    assert len(said) == 7
+    assert len(said) == 10
     with ScriptedServer(spec(tmp_path, model, job, fence=2)) as again:
         assert run(again) == 0
     assert not events(again, "warning")
+
+
+def test_prompts_on_both_sides_of_a_split_are_counted(model: Path, tmp_path: Path):
+    twice = [{"prompt": "say", "split": "evaluation"}, {"prompt": "say", "split": "evaluation"}]
+    write_rows(tmp_path, [*rows(6, 3), *twice])
+    with ScriptedServer(spec(tmp_path, model, config(train_steps=1))) as server:
+        assert run(server) == 0
+    assert [message for message in events(server, "warning") if message.startswith("1 prompt(s) are both")]
 
 
 def test_an_ordinary_config_is_not_commented(model: Path, folder: Path):
@@ -286,6 +307,126 @@ def test_a_broken_revision_changes_nothing(model: Path, folder: Path):
     assert event["revision"] == 2 and "letter_a" in event["refused"] and "undefined_name" in event["refused"]
     assert {body["revision"] for body in server.bodies("report")} == {1}
     assert finish(server)["status"] == "completed"
+
+
+def test_an_accepted_revision_is_taken_up_when_a_later_one_is_refused(model: Path, folder: Path):
+    broken = revision(3, letter_a="def letter_a(prompt, completion, example):\n    return undefined_name\n")
+    with ScriptedServer(
+        spec(folder, model, config(train_steps=5)), {2: revision(2, length=LENGTH), 3: broken}
+    ) as server:
+
+        def on_report(path: str, body: dict[str, Any]) -> None:
+            if path == "report" and body["step"] == 1:
+                server.control = Control(revision=3)  # 2 and 3 came while the step ran
+            if path == "event" and body["refused"]:
+                server.control = Control(revision=2)
+
+        server.on_report = on_report
+        assert run(server) == 0
+    assert [(b["revision"], b["refused"] is None) for b in server.bodies("event") if b["kind"] == "revision"] == [
+        (3, False),
+        (2, True),
+    ]
+    revisions = {body["step"]: body["revision"] for body in server.bodies("report")}
+    assert revisions[1] == 1 and revisions[4] == revisions[5] == 2
+
+
+def test_a_resumed_job_keeps_its_revision_while_the_server_is_silent(model: Path, folder: Path):
+    """Without an answer there is no control; the first revision, which a Control has by default, is not one."""
+    with ScriptedServer(spec(folder, model, config(train_steps=2), first=revision(2, length=LENGTH))) as server:
+        answer = server._answer
+
+        refusals = deque([503] * 3)
+
+        def late(path: str, body: dict[str, Any] | None, authorization: str) -> tuple[int | None, str]:
+            return (refusals.popleft(), "{}") if refusals and path != "spec" else answer(path, body, authorization)
+
+        server._answer = late
+        server.control = Control(revision=2)
+        assert run(server) == 0
+    assert {body["revision"] for body in server.bodies("report")} == {2}
+
+
+def test_a_change_of_rewards_starts_the_held_out_comparison_anew(model: Path, folder: Path):
+    """Totals above 10 by the first revision, below 1 by the second, which is not worse for that."""
+    high = revision(letter_a=LETTER_A.replace("/ 8", "/ 8 + 10"))
+    job = config(train_steps=16, enable_early_stopping=True)
+    with ScriptedServer(spec(folder, model, job, first=high), {2: revision(2, letter_a=LETTER_A)}) as server:
+        server.on_report = at_step(2, lambda: setattr(server, "control", Control(revision=2)))
+        assert run(server) == 0
+    saved = server.bodies("checkpoint")
+    assert saved[0]["evalReward"] > 10 > 1 >= max(body["evalReward"] for body in saved[1:])
+    assert [body["best"] for body in saved[:2]] == [True, True]
+    assert finish(server)["checkpoint"] == max(saved[1:], key=lambda body: body["evalReward"])["checkpoint"]
+    assert saved[-1]["step"] == 16 or server.bodies("report")[-1]["step"] >= 2 + 2 * (PATIENCE + 1)
+
+
+def test_after_a_change_the_newest_checkpoint_is_served_until_one_is_evaluated(model: Path, folder: Path):
+    high = revision(letter_a=LETTER_A.replace("/ 8", "/ 8 + 10"))
+    with ScriptedServer(
+        spec(folder, model, config(train_steps=LONG), first=high), {2: revision(2, a=LETTER_A)}
+    ) as server:
+
+        def on_report(path: str, body: dict[str, Any]) -> None:
+            if path == "report" and body["step"] in (2, 3):
+                server.control = Control(revision=2, action="stop" if body["step"] == 3 else "continue")
+
+        server.on_report = on_report
+        assert run(server) == 0
+    assert [(b["checkpoint"], b["step"], b["best"]) for b in server.bodies("checkpoint")] == [
+        (1, 2, True),
+        (2, 3, False),
+    ]
+    assert (finish(server)["status"], finish(server)["checkpoint"]) == ("stopped", 2)
+
+
+def test_a_resumed_job_does_not_compare_with_what_an_older_revision_scored(model: Path, folder: Path):
+    yielding = threading.Event()
+    high = revision(letter_a=LETTER_A.replace("/ 8", "/ 8 + 10"))
+    with ScriptedServer(spec(folder, model, config(), first=high)) as first:
+        first.on_report = at_step(2, yielding.set)
+        assert run(first, yielding) == YIELDED
+    (last,) = first.bodies("checkpoint")
+    resume = ResumePoint(step=2, checkpoint=1, state_path=last["statePath"])
+    new = revision(2, letter_a=LETTER_A)
+    with ScriptedServer(spec(folder, model, config(), fence=2, resume=resume, first=new)) as second:
+        second.control = Control(revision=2)
+        assert run(second) == 0
+    (saved,) = second.bodies("checkpoint")
+    assert saved["best"] and finish(second)["checkpoint"] == 2
+
+
+@pytest.mark.parametrize("value", ["1.5e308 if len(completion) % 2 else -1.5e308", "1e200 if completion else 0.0"])
+def test_rewards_too_large_to_compare_are_no_numbers_and_harm_nothing(value: str, model: Path, folder: Path):
+    huge = f"def huge(prompt, completion, example):\n    return {value}\n"
+    with ScriptedServer(spec(folder, model, config(train_steps=1), first=revision(huge=huge))) as server:
+        assert run(server) == 0
+    assert finish(server)["status"] == "completed"
+    assert series(server, "reward/huge/error_rate")[1] > 0 and series(server, "grad_norm")[1] == 0
+    logs = segment_rows(folder, server, "reward_logs")
+    assert all(row["outcome"] == "not_a_number" and "too large to compare" in row["error"] for row in logs)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_the_jobs_error_and_is_not_served(model: Path, folder: Path):
+    with ScriptedServer(spec(folder, model, config())) as server:
+
+        def on_report(path: str, body: dict[str, Any]) -> None:
+            if path == "report" and body["step"] == 2:
+                (folder / "jobs" / UUID / "checkpoints").write_text("a file where a folder has to be")
+
+        server.on_report = on_report
+        assert run(server) == 0
+    assert not server.bodies("checkpoint")
+    assert (finish(server)["status"], finish(server)["checkpoint"]) == ("errored", None)
+    assert "cannot be written" in finish(server)["error"]
+
+
+def test_a_cancel_in_answer_to_an_evaluated_step_names_no_checkpoint_that_was_not_reported(model: Path, folder: Path):
+    with ScriptedServer(spec(folder, model, config())) as server:
+        server.on_report = at_step(2, lambda: setattr(server, "control", Control(action="cancel")))
+        assert run(server) == 0
+    assert not server.bodies("checkpoint")
+    assert finish(server) == {"fence": 1, "status": "canceled", "error": None, "checkpoint": None}
 
 
 FAILING = "def failing(prompt, completion, example):\n    raise ValueError('no such thing')\n"

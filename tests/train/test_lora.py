@@ -12,6 +12,7 @@ from rewardsmith.rollout.adapter import Fingerprint, adapter_tensors
 from rewardsmith.rollout.engine import PlainEngine
 from rewardsmith.train import lora
 from rewardsmith.train.lora import POLICY, ROLLOUT
+from rewardsmith.train.update import make_optimizer
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 IDS = torch.tensor([[5, 6, 7, 9, 2, 2], [3, 20, 4, 4, 8, 1]])
@@ -73,8 +74,33 @@ def test_the_saved_config_is_complete(tmp_path: Path):
 def test_only_the_layers_asked_for_are_adapted():
     model = lora.attach(random_model("qwen2"), config(target_modules=["q_proj", "down_proj"]), "b")
     assert len(adapter_tensors(model, POLICY)) == 2 * 2 * 2
-    with pytest.raises(ConfigError, match=r"target_modules=\['qkv'\].*q_proj"):
-        lora.attach(random_model("qwen2"), config(target_modules=["qkv"]), "b")
+    whole = lora.attach(random_model("qwen2"), config(target_modules=["layers.1.self_attn.q_proj"]), "b")
+    assert len(adapter_tensors(whole, POLICY)) == 2
+
+
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        (["qkv"], r"target_modules=\['qkv'\]: the base model has no such layer\. Its linear layers: .*q_proj"),
+        (["q_proj", "qkv"], r"\['qkv'\]: the base model has no such layer"),
+        (["embed_tokens"], r"\['embed_tokens'\]: LoRA goes on linear layers only\. .*q_proj"),
+        (["embed_tokens", "q_proj", "mlp"], r"\['embed_tokens', 'mlp'\]: LoRA goes on linear layers only"),
+    ],
+)
+def test_targets_that_are_no_linear_layers_are_refused_by_name(targets: list[str], says: str):
+    with pytest.raises(ConfigError, match=says):
+        lora.attach(random_model("qwen2"), config(target_modules=targets), "b")
+
+
+def test_an_optimizer_that_would_leave_something_out_is_refused():
+    model = lora.attach(random_model("qwen2"), config(), "b")
+    optimizer = make_optimizer(model, config().optimizer, 1e-3)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
+    model.get_base_model().get_input_embeddings().weight.requires_grad = True
+    with pytest.raises(AssertionError, match="all of the policy"):
+        make_optimizer(model, config().optimizer, 1e-3)
 
 
 def test_a_delivery_reaches_the_engine_and_leaves_the_policy_alone():

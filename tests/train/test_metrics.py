@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rewardsmith.rewards.outcomes import Score
+from rewardsmith.rewards.outcomes import LARGEST_TOTAL, Score
 from rewardsmith.rollout.engine import Completion
 from rewardsmith.rollout.prompts import Prompt
 from rewardsmith.train.checkpoint import Progress
@@ -13,7 +13,7 @@ from rewardsmith.train.samples import Sample
 from rewardsmith.train.update import Update
 
 UPDATE = Update(loss=0.5, kl=None, grad_norm=2.0, learning_rate=1e-3)
-SAME = Mismatch(0.0, 0.0, 0.0, 0.0, 0.0)
+SAME = Mismatch(0.0, 0.0, 0.0)
 
 
 def sample(
@@ -80,25 +80,58 @@ def test_the_update():
     assert (found["seconds/generate"], found["seconds/update"]) == (2.0, 1.0)
 
 
+def test_the_ratio_of_an_on_policy_update_is_never_clipped():
+    found = step_metrics([[sample(1), sample(0)]], UPDATE, Mismatch(0.5, 1.0, 3.0), Progress(), {})
+    assert (found["clip_ratio/low"], found["clip_ratio/high"]) == (0.0, 0.0)
+    assert (found["mismatch/kl"], found["mismatch/logp_max_diff"]) == (0.5, 3.0)
+
+
+def test_the_largest_rewards_give_finite_numbers():
+    found = metrics([[sample(LARGEST_TOTAL), sample(-LARGEST_TOTAL)], [sample(LARGEST_TOTAL), sample(0.0)]])
+    assert all(math.isfinite(value) for value in found.values())
+
+
 def test_mismatch_by_hand():
     trainer, sampler = torch.tensor([-1.0, -1.0, -2.0]), torch.tensor([-1.0, -1.5, -1.5])
-    found = Mismatch.of(trainer, sampler, clip_low=0.2, clip_high=0.2)
+    found = Mismatch.of(trainer, sampler)
     assert found.max_difference == 0.5
     assert found.mean_difference == pytest.approx(1 / 3)
-    assert (found.below, found.above) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
     assert found.kl == pytest.approx((math.exp(0.5) - 1.5 + math.exp(-0.5) - 0.5) / 3)
 
 
 def evaluated(progress: Progress, *rewards: float) -> Progress:
-    for number, reward in enumerate(rewards, start=progress.last_checkpoint or 0):
-        note_evaluation(progress, [sample(reward)], number or None)
-        progress.last_checkpoint = number + 1
+    for number, reward in enumerate(rewards, start=(progress.last_checkpoint or 0) + 1):
+        note_evaluation(progress, [sample(reward)])
+        progress = progress.with_checkpoint(number, reward)
     return progress
 
 
 def test_the_best_checkpoint_is_the_one_with_the_highest_held_out_reward():
-    progress = evaluated(Progress(), 0.9, 0.5, 0.505, 0.3)  # the first is the base, which is no checkpoint
+    progress = Progress()
+    note_evaluation(progress, [sample(0.9)])  # the base, which is no checkpoint
+    progress = evaluated(progress, 0.5, 0.505, 0.3)
     assert (progress.best_checkpoint, progress.best_reward, progress.served) == (2, 0.505, 2)
+
+
+def test_totals_of_two_revisions_are_never_compared():
+    progress = Progress()
+    progress.use_revision(1)
+    progress = evaluated(progress, 10.5, 10.3, 10.2)
+    progress.lowest, progress.highest = 9.0, 11.0
+    progress.use_revision(1)  # nothing new
+    assert (progress.best_checkpoint, progress.stale, progress.highest) == (1, 2, 11.0)
+    progress.use_revision(2)
+    assert progress == Progress(last_checkpoint=3, saved_step=0, revision=2)
+    assert progress.served == 3
+    progress = evaluated(progress, 0.5, 0.3)
+    assert (progress.best_checkpoint, progress.best_reward, progress.plateau, progress.stale) == (4, 0.5, 0.5, 1)
+
+
+def test_a_checkpoint_counts_only_in_the_progress_that_has_it():
+    before = evaluated(Progress(), 0.5)
+    after = before.with_checkpoint(2, 0.7)
+    assert (before.served, after.served) == (1, 2)
+    assert before.with_checkpoint(2, None).served == 1  # saved without an evaluation
 
 
 def test_without_held_out_rows_the_last_checkpoint_is_served():
@@ -116,5 +149,5 @@ def test_a_plateau_is_five_evaluations_that_do_not_rise_by_a_hundredth():
 
 def test_an_evaluation_without_any_total_counts_for_nothing():
     progress = Progress()
-    assert "eval/total_reward" not in note_evaluation(progress, [sample(None)], 1)
+    assert "eval/total_reward" not in note_evaluation(progress, [sample(None)])
     assert progress == Progress()

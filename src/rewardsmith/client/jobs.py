@@ -14,7 +14,7 @@ from uuid import uuid4
 from rewardsmith import wire
 from rewardsmith.client import stream, view
 from rewardsmith.client.datasets import DatasetRef, dataset_name
-from rewardsmith.client.objects import AdapterId, FinetuningJob
+from rewardsmith.client.objects import FinetuningJob
 from rewardsmith.client.repos import RepoRef, repo_name
 from rewardsmith.client.transport import Data, Transport, segment
 from rewardsmith.client.versions import AdapterRef, as_id, job_of_version
@@ -234,7 +234,7 @@ class Jobs:
             return ref.uuid
         if isinstance(ref, Mapping):
             return str(ref["uuid"])
-        return job_of_version(self._http, AdapterId.parse(ref)) if "/" in ref else ref
+        return job_of_version(self._http, wire.AdapterId.parse(ref)) if "/" in ref else ref
 
 
 def as_config(config: ConfigLike) -> GRPOConfig:

@@ -6,7 +6,6 @@ nothing. Repos and their versions, revisions, events, metric points, completions
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -14,7 +13,6 @@ from typing import Any, Self
 
 from rewardsmith import wire
 from rewardsmith.config import GRPOConfig
-from rewardsmith.errors import ConfigError
 
 
 class Dataset(wire.Dataset):
@@ -27,34 +25,6 @@ class Dataset(wire.Dataset):
     @property
     def connection_name(self) -> str:
         return self.connection.name
-
-
-@dataclass(frozen=True)
-class AdapterId:
-    """`repo/version` or `repo/version@checkpoint`."""
-
-    repo: str
-    tag: int
-    checkpoint: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Raises ConfigError when the text has another form."""
-        match = re.fullmatch(r"([^/]+)/([1-9]\d*)(?:@([1-9]\d*))?", text)
-        if not match:
-            raise ConfigError(
-                f"{text!r} is no adapter id; it is <repo>/<version> or <repo>/<version>@<checkpoint>, such as my-repo/1"
-            )
-        repo, tag, checkpoint = match.groups()
-        return cls(repo, int(tag), int(checkpoint) if checkpoint else None)
-
-    @property
-    def version(self) -> str:
-        """The part after the slash."""
-        return f"{self.tag}@{self.checkpoint}" if self.checkpoint else f"{self.tag}"
-
-    def __str__(self) -> str:
-        return f"{self.repo}/{self.version}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +69,7 @@ class Adapter:
     @property
     def id(self) -> str:
         """What every call that takes an adapter id accepts."""
-        return str(AdapterId(self.repo, self.tag, self.checkpoint))
+        return str(wire.AdapterId(self.repo, self.tag, self.checkpoint))
 
 
 @dataclass(frozen=True)

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from rewardsmith import wire
-from rewardsmith.client.objects import Adapter, AdapterId
+from rewardsmith.client.objects import Adapter
 from rewardsmith.client.transport import Transport, segment
 from rewardsmith.errors import RequestError
 
 AdapterRef = str | Adapter
 
 
-def as_id(ref: AdapterRef) -> AdapterId:
+def as_id(ref: AdapterRef) -> wire.AdapterId:
     """Raises ConfigError for a text that is no adapter id."""
-    return AdapterId.parse(ref if isinstance(ref, str) else ref.id)
+    return wire.AdapterId.parse(ref if isinstance(ref, str) else ref.id)
 
 
-def version_path(ref: AdapterId) -> str:
+def version_path(ref: wire.AdapterId) -> str:
     return f"/v2/repos/{segment(ref.repo)}/version/{ref.version}"
 
 
-def get_version(transport: Transport, ref: AdapterId) -> wire.AdapterVersion:
+def get_version(transport: Transport, ref: wire.AdapterId) -> wire.AdapterVersion:
     return transport.get(version_path(ref), wire.AdapterVersion)
 
 
-def job_of_version(transport: Transport, ref: AdapterId) -> str:
+def job_of_version(transport: Transport, ref: wire.AdapterId) -> str:
     """The uuid of the job that made a version. Raises RequestError when none did."""
     job = get_version(transport, ref).finetuning_job
     if job is None:

@@ -12,7 +12,8 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from signal import Signals
 
 import httpx
@@ -27,10 +28,12 @@ PERIOD_SECONDS = 1.0
 # Exit status of a job that was asked by SIGTERM to make room, and saved its state first.
 YIELDED = 75
 # How long a job that has to make room may take for that; how long one may take to exit after its last report; and how
-# long one whose lease is over may take to be heard again, as after a laptop's sleep.
+# long one whose lease is over may take to be heard again, as after a laptop's sleep; and how long one that was asked to
+# cancel may take to end.
 STOP_GRACE_SECONDS = 10.0
 EXIT_GRACE_SECONDS = 30.0
 SILENCE_GRACE_SECONDS = 10.0
+CANCEL_GRACE_SECONDS = 30.0
 
 
 @dataclass
@@ -77,14 +80,14 @@ class Dispatcher:
 
     def turn(self) -> None:
         """One look at every live job and every process, then a claim for each free slot."""
-        running = sum([self._watch(job) for job in self._runs.live()])
+        running = sum([self._watch(self._with_handle(job)) for job in self._runs.live()])
         running += sum([self._outlives(handle) for handle in self._over()])
         while running < self._slots and (claim := self._runs.claim(self._host, self._lease_seconds)):
             running += self._start(claim)
 
     def end_jobs(self) -> None:
         """Asks all processes of this host to save their state and end; afterwards none is left."""
-        mine = [job for job in self._runs.live() if job.host == self._host and job.handle]
+        mine = [job for job in map(self._with_handle, self._runs.live()) if job.host == self._host and job.handle]
         handles = {*self._processes, *(job.handle for job in mine if job.handle)}
         if not handles:
             return
@@ -105,6 +108,14 @@ class Dispatcher:
         self._runs.set_handle(claim.uuid, claim.fence, handle)
         return True
 
+    def _with_handle(self, job: LiveJob) -> LiveJob:
+        """A job here whose dispatcher was killed before it stored the handle gets that now."""
+        if job.host != self._host or job.handle or not (handle := self._launcher.find(job.uuid, job.attempt)):
+            return job
+        with suppress(Conflict):
+            self._runs.set_handle(job.uuid, job.fence, handle)
+        return replace(job, handle=handle)
+
     def _watch(self, job: LiveJob) -> bool:
         """Whether a live job occupies a slot here; one whose process is gone or silent is put back or ended."""
         if job.host != self._host or job.handle is None:
@@ -116,6 +127,10 @@ class Dispatcher:
         process = self._processes.setdefault(job.handle, _Process())
         if not self._launcher.alive(job.handle):
             self._ended(job, job.handle)
+            return False
+        if job.canceling_seconds is not None and job.canceling_seconds > CANCEL_GRACE_SECONDS:
+            self._forget(job.handle)
+            self._fail(job.uuid, job.fence, f"it was killed, {CANCEL_GRACE_SECONDS:g} s after it was asked to cancel")
             return False
         if not job.expired or not self._server_answers():
             process.silent_since = None

@@ -29,7 +29,7 @@ LARGEST_TOTAL = 1e12  # as of a single value: advantages square differences of t
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One call of one function. `value` is from -1e12 to 1e12, or None when the completion is to be left out of its group.
+    """One call of one function. `value` is at most 1e12 in size, or None: the completion is left out of its group.
 
     `seconds` is wall time of the call, `prints` what it printed (cut), `error` why there is no number.
     """

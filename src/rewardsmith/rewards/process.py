@@ -1,9 +1,10 @@
 """One worker process seen from outside: starting it, frames out and in, how it ended, killing it.
 
 Nothing that comes from the worker is believed: every frame is checked, and one that breaks the protocol marks the
-worker as broken. A worker is bounded in time, memory, output and environment, and can be killed with all it started;
-it runs as the same user, so that user's files, processes and network are open to it. `pool` decides which calls go to
-which worker and what a death means.
+worker as broken. A worker is bounded in time, memory, output and environment, and can be killed with all it started
+(where the job itself was killed, by its launcher, which looks for JOB_MARKER); it runs as the same user, so that
+user's files, processes and network are open to it. `pool` decides which calls go to which worker and what a death
+means.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rewardsmith.rewards import worker
+from rewardsmith.wire import JOB_MARKER
 
 LOG_TAIL_BYTES = 8192
 _SIGNALS = {number.value: number.name for number in signal.Signals}
@@ -33,6 +35,11 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "NUMEXPR_NUM_THREADS": "1",
 }
+
+
+def _marker() -> dict[str, str]:
+    """Which job this is, where it is one."""
+    return {JOB_MARKER: os.environ[JOB_MARKER]} if JOB_MARKER in os.environ else {}
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class WorkerProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 pass_fds=(request_end, result_end),
-                env={**_ENVIRONMENT, "HOME": scratch, "TMPDIR": scratch},
+                env={**_ENVIRONMENT, **_marker(), "HOME": scratch, "TMPDIR": scratch},
                 cwd=scratch,
                 start_new_session=True,
                 bufsize=0,

@@ -77,8 +77,8 @@ def _allow(identity: Identity, path: str) -> None:
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, error: RewardsmithError) -> None:
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-    length = Headers(scope=scope).get("content-length")
-    if "transfer-encoding" in Headers(scope=scope) or (length and int(length) > DROPPED_BYTES):
+    sent = Headers(scope=scope)
+    if "transfer-encoding" in sent or int(sent.get("content-length", "0")) > DROPPED_BYTES:
         headers["Connection"] = "close"
     answer: Response = refusal(scope, error.status, error.message, headers)
     if scope["type"] == "websocket":

@@ -19,7 +19,6 @@ from rewardsmith.config import DEFAULT_TRAIN_STEPS, GRPOConfig, RewardFunctionsC
 from rewardsmith.errors import ConfigError, RewardPoolError, RewardSourceError
 from rewardsmith.rewards.pool import RewardPool
 from rewardsmith.store import Store
-from rewardsmith.store.adapters import AdapterId
 
 # They shape the adapter that a continued run starts from.
 FIXED_WHEN_CONTINUING = ("base_model", "rank", "lora_alpha", "target_modules")
@@ -53,7 +52,7 @@ def check_job(request: wire.JobRequest, store: Store) -> Submission:
     if dataset is None:
         raise ConfigError("dataset is not set; only a run that continues a version may leave it out")
     if config.secrets:
-        raise ConfigError("secrets are not supported: reward functions run without a network to use them on")
+        raise ConfigError("secrets are not supported: this server has no place to keep them safe. Leave the field out")
     base_model_source = catalog.source_of(config.base_model)
     _check_context(config, config.base_model)
     store.datasets.get(dataset)
@@ -94,7 +93,7 @@ def check_change(job: wire.Job, sent: dict[str, Any]) -> Change | None:
 
 def _parent(ref: str, store: Store) -> wire.Job:
     """The job that made the version to continue. Raises NotFound when there is no adapter to start from."""
-    version_id = AdapterId.parse(ref)
+    version_id = wire.AdapterId.parse(ref)
     store.registry.adapter_path(version_id.repo, version_id.tag, version_id.checkpoint)
     job = store.registry.get_version(version_id.repo, version_id.tag, version_id.checkpoint).finetuning_job
     if job is None:

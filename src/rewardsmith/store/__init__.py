@@ -14,7 +14,6 @@ to the artifacts root, with `/` between plain names; what a job reports must hav
 """
 
 from rewardsmith.home import ServerConfig
-from rewardsmith.store.adapters import AdapterId
 from rewardsmith.store.artifacts import Artifacts
 from rewardsmith.store.completions import Completions
 from rewardsmith.store.database import Database
@@ -24,7 +23,7 @@ from rewardsmith.store.registry import Identity, Registry
 from rewardsmith.store.runs import Runs
 from rewardsmith.store.telemetry import StepRecord, Telemetry
 
-__all__ = ["AdapterId", "Claim", "Identity", "LiveJob", "StepRecord", "Store"]
+__all__ = ["Claim", "Identity", "LiveJob", "StepRecord", "Store"]
 
 
 class Store:

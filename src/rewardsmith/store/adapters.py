@@ -1,45 +1,21 @@
-"""Adapter ids, and the rows of versions and checkpoints behind them. Functions on an open transaction.
+"""The rows of versions and checkpoints behind adapter ids. Functions on an open transaction.
 
 A version serves one of its checkpoints from the end of its job on; until then only `repo/version@checkpoint` has files.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, or_, select
 
 from rewardsmith import wire
-from rewardsmith.errors import ConfigError, Forbidden, NotFound
+from rewardsmith.errors import Forbidden, NotFound
 from rewardsmith.store.jobrows import best_checkpoint
 from rewardsmith.store.schema import checkpoints, jobs, repos, versions
 
-ADAPTER_ID = re.compile(r"([^/@]+)/([0-9]{1,9})(?:@([0-9]{1,9}))?")
 CHECKPOINT_FOLDERS = ("checkpoints", "states")  # of a job, as its process lays them out
-
-
-@dataclass(frozen=True)
-class AdapterId:
-    """`repo/version` or `repo/version@checkpoint`; `repo` is a name or uuid."""
-
-    repo: str
-    tag: int
-    checkpoint: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> AdapterId:
-        """Raises ConfigError."""
-        match = ADAPTER_ID.fullmatch(text)
-        if match is None:
-            raise ConfigError(f"adapter id {text!r}: write repo/version or repo/version@checkpoint, as in 'math/3@2'")
-        repo, tag, checkpoint = match.groups()
-        return cls(repo, int(tag), int(checkpoint) if checkpoint else None)
-
-    def __str__(self) -> str:
-        return f"{self.repo}/{self.tag}" + (f"@{self.checkpoint}" if self.checkpoint is not None else "")
 
 
 def find_repo(connection: Connection, ref: str) -> Row[Any]:
@@ -50,7 +26,7 @@ def find_repo(connection: Connection, ref: str) -> Row[Any]:
     return next((row for row in rows if row.name == ref), rows[0])
 
 
-def find_version(connection: Connection, adapter: AdapterId) -> Row[Any]:
+def find_version(connection: Connection, adapter: wire.AdapterId) -> Row[Any]:
     """Raises NotFound."""
     repo = find_repo(connection, adapter.repo)
     query = described().where(versions.c.repo_id == repo.id, versions.c.tag == adapter.tag)
@@ -62,7 +38,7 @@ def find_version(connection: Connection, adapter: AdapterId) -> Row[Any]:
     return row
 
 
-def load_version(connection: Connection, adapter: AdapterId) -> wire.AdapterVersion:
+def load_version(connection: Connection, adapter: wire.AdapterId) -> wire.AdapterVersion:
     """Raises NotFound."""
     row = find_version(connection, adapter)
     if adapter.checkpoint is None:
@@ -74,7 +50,7 @@ def load_version(connection: Connection, adapter: AdapterId) -> wire.AdapterVers
     return version
 
 
-def find_adapter(connection: Connection, adapter: AdapterId) -> str:
+def find_adapter(connection: Connection, adapter: wire.AdapterId) -> str:
     """The folder of the adapter. Raises NotFound."""
     version = load_version(connection, adapter)
     if version.adapter_path is not None:

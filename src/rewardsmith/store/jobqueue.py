@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, or_, select, update
+from sqlalchemy import Connection, Row, delete, func, or_, select, update
 
 from rewardsmith import wire
 from rewardsmith.errors import Conflict
 from rewardsmith.store import jobrows, revisions
 from rewardsmith.store.registry import add_token
-from rewardsmith.store.schema import checkpoints, jobs, metrics, now, segments, steps
+from rewardsmith.store.schema import checkpoints, job_events, jobs, metrics, now, segments, steps
 
 LONGEST_BACKOFF_SECONDS = 60
 
@@ -35,7 +35,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class LiveJob:
-    """A job that a process should be running. `expired`: its lease ran out by the store's clock."""
+    """A job that a process should be running, by the store's clock.
+
+    `expired`: its lease ran out. `canceling_seconds`: since it was asked to cancel, None when it was not.
+    """
 
     uuid: str
     status: str
@@ -45,9 +48,11 @@ class LiveJob:
     handle: str | None
     lease_until: datetime
     expired: bool
+    canceling_seconds: float | None
 
 
 def claim(connection: Connection, host: str, lease_seconds: float) -> Claim | None:
+    """Take the oldest job that waits and is not backing off; None when there is none."""
     waiting = (
         select(jobs)
         .where(jobs.c.status == "queued", or_(jobs.c.backoff_until.is_(None), jobs.c.backoff_until <= now()))
@@ -103,7 +108,12 @@ def set_handle(connection: Connection, uuid: str, fence: int, handle: str) -> No
 
 def live(connection: Connection) -> list[LiveJob]:
     clock = now()
-    query = select(jobs).where(jobs.c.status.in_(jobrows.LIVE)).order_by(jobs.c.id)
+    asked_at = (
+        select(func.max(job_events.c.at))
+        .where(job_events.c.job_id == jobs.c.id, job_events.c.status == "stopping", jobs.c.action == "cancel")
+        .scalar_subquery()
+    )
+    query = select(jobs, asked_at.label("asked_at")).where(jobs.c.status.in_(jobrows.LIVE)).order_by(jobs.c.id)
     return [
         LiveJob(
             uuid=job.uuid,
@@ -114,6 +124,7 @@ def live(connection: Connection) -> list[LiveJob]:
             handle=job.handle,
             lease_until=job.lease_until,
             expired=job.lease_until < clock,
+            canceling_seconds=(clock - job.asked_at).total_seconds() if job.asked_at else None,
         )
         for job in connection.execute(query)
     ]
@@ -125,12 +136,14 @@ def extend_leases(connection: Connection, seconds: float) -> None:
 
 
 def release(connection: Connection, uuid: str, fence: int) -> None:
+    """Put back a job whose process yielded, or end it as it was asked to."""
     job = jobrows.fenced(connection, uuid, fence)
     if not _ended_as_asked(connection, job):
         jobrows.enter(connection, job, "queued", f"queued again: attempt {job.attempt} yielded", lease_until=None)
 
 
 def fail_attempt(connection: Connection, uuid: str, fence: int, reason: str, max_attempts: int) -> None:
+    """Put back a job whose process died, with backoff, or end it: as it was asked to, or as errored."""
     job = jobrows.fenced(connection, uuid, fence, failures=jobs.c.failures + 1)
     if _ended_as_asked(connection, job):
         return
@@ -152,6 +165,7 @@ def _ended_as_asked(connection: Connection, job: Row[Any]) -> bool:
 
 
 def spec(connection: Connection, uuid: str, fence: int, artifacts_url: str) -> wire.JobSpec:
+    """What the process of this attempt is to do."""
     job = jobrows.fenced(connection, uuid, fence)
     resume = jobrows.resume_point(connection, job)
     revision, params = revisions.in_effect_at(connection, job, resume.step if resume else 0)

@@ -18,7 +18,6 @@ from sqlalchemy import Connection, Select, delete, insert, select, update
 from rewardsmith import wire
 from rewardsmith.errors import ConfigError, Conflict, NotFound, Unauthorized
 from rewardsmith.store import adapters
-from rewardsmith.store.adapters import AdapterId
 from rewardsmith.store.artifacts import Artifacts
 from rewardsmith.store.database import Database
 from rewardsmith.store.schema import jobs, now, repos, tokens, users, versions
@@ -114,7 +113,7 @@ class Registry:
     def get_version(self, repo: str, tag: int, checkpoint: int | None = None) -> wire.AdapterVersion:
         """`adapter_path` is the served checkpoint's (or the asked one's), None while there is none. Raises NotFound."""
         with self._database.read() as connection:
-            return adapters.load_version(connection, AdapterId(repo, tag, checkpoint))
+            return adapters.load_version(connection, wire.AdapterId(repo, tag, checkpoint))
 
     def list_versions(self, repo: str | None = None) -> list[wire.AdapterVersion]:
         """Newest first, archived ones too. Raises NotFound."""
@@ -127,14 +126,14 @@ class Registry:
     def set_archived(self, repo: str, tag: int, archived: bool) -> wire.AdapterVersion:
         """Raises NotFound."""
         with self._database.write() as connection:
-            version = adapters.find_version(connection, AdapterId(repo, tag))
+            version = adapters.find_version(connection, wire.AdapterId(repo, tag))
             connection.execute(update(versions).where(versions.c.id == version.id).values(archived=archived))
-            return adapters.load_version(connection, AdapterId(repo, tag))
+            return adapters.load_version(connection, wire.AdapterId(repo, tag))
 
     def delete_version(self, repo: str, tag: int) -> None:
         """Remove a version and its files; its tag is not used again. Forbidden while a job fills or continues it."""
         with self._database.write() as connection:
-            version = adapters.find_version(connection, AdapterId(repo, tag))
+            version = adapters.find_version(connection, wire.AdapterId(repo, tag))
             adapters.refuse_in_use(connection, [version.id], f"{version.repo}/{tag}")
             files = adapters.files(connection, [version.id])
             connection.execute(delete(versions).where(versions.c.id == version.id))
@@ -143,7 +142,7 @@ class Registry:
     def adapter_path(self, repo: str, tag: int, checkpoint: int | None = None) -> str:
         """The folder of the adapter in the artifacts. Raises NotFound, and says why when the run gave none."""
         with self._database.read() as connection:
-            return adapters.find_adapter(connection, AdapterId(repo, tag, checkpoint))
+            return adapters.find_adapter(connection, wire.AdapterId(repo, tag, checkpoint))
 
     def _delete_files(self, paths: Iterable[str]) -> None:
         for path in paths:

@@ -25,6 +25,7 @@ def hold(connection: Connection, uuid: str, fence: int, lease_seconds: float) ->
 
 
 def step(connection: Connection, job: Row[Any], report: wire.StepReport) -> None:
+    """Commit metrics and segments. Raises ConfigError for a metric that is no number and for foreign segments."""
     for name, value in report.metrics.items():
         if not math.isfinite(value):
             raise ConfigError(f"metric {name!r} of step {report.step} is {value}; leave out what is not a number")
@@ -84,6 +85,7 @@ def checkpoint(connection: Connection, job: Row[Any], report: wire.CheckpointRep
 
 
 def event(connection: Connection, job: Row[Any], report: wire.EventReport) -> None:
+    """Tell it in the timeline, with what follows from it. Raises ConfigError for a revision event that says nothing."""
     if report.kind == "paused":
         if job.paused_reason == report.message:
             return

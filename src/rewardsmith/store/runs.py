@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Row, insert, select, update
 from rewardsmith import wire
 from rewardsmith.errors import ConfigError, Conflict
 from rewardsmith.store import jobqueue, jobrows, reports, revisions
-from rewardsmith.store.adapters import AdapterId, find_adapter, find_repo, find_version
+from rewardsmith.store.adapters import find_adapter, find_repo, find_version
 from rewardsmith.store.artifacts import Artifacts
 from rewardsmith.store.database import Database
 from rewardsmith.store.datasets import dataset_path, find_dataset
@@ -60,7 +60,7 @@ class Runs:
                 return jobrows.load(connection, repeated)
             target, source = find_repo(connection, repo), find_dataset(connection, dataset)
             tag = _next_tag(connection, target)
-            continued = AdapterId.parse(continue_from) if continue_from else None
+            continued = wire.AdapterId.parse(continue_from) if continue_from else None
             version = {
                 "repo_id": target.id,
                 "tag": tag,

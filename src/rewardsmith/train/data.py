@@ -6,6 +6,7 @@ job takes up the same rows in the same order.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -53,10 +54,15 @@ def _held_out_prompts(prompts: set[str], fraction: float, seed: int) -> set[str]
     """Those whose place on 0 to 1 is below `fraction`; at least one, and not all, where there are two."""
     if not fraction or len(prompts) < 2:
         return set()
-    place = {prompt: random.Random(f"{seed}/held out/{prompt}").random() for prompt in prompts}
-    in_order = sorted(prompts, key=lambda prompt: (place[prompt], prompt))
+    place = {prompt: _place(f"{seed}/held out/{prompt}") for prompt in prompts}
+    in_order = sorted(prompts, key=lambda prompt: place[prompt])
     count = sum(value < fraction for value in place.values())
     return set(in_order[: min(max(count, 1), len(prompts) - 1)])
+
+
+def _place(text: str) -> float:
+    """A number from 0 to 1 by the hash of `text`, which JSON may have given halves of surrogate pairs."""
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8]) / 2**64
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Trainer against sampler on the same tokens: KL(sampler || trainer) in nats per token, differences of log-probs."""
+    """Trainer against sampler on the same tokens: KL(sampler || trainer) in nats per token, log-prob differences."""
 
     kl: float
     mean_difference: float

@@ -1,8 +1,10 @@
 """Requests and answers of the HTTP API, shared by client, server and job process: `wire.Job`, `wire.StepReport`...
 
-`control` is the control plane that users talk to, `journal` is what a job process and the server say to each other.
+`control` is the control plane that users talk to and `adapter_id` how they name a version there; `journal` is what a
+job process and the server say to each other.
 """
 
+from rewardsmith.wire.adapter_id import AdapterId
 from rewardsmith.wire.control import (
     DEFAULT_CONNECTION,
     TERMINAL,
@@ -40,6 +42,7 @@ from rewardsmith.wire.control import (
     VersionUpdate,
 )
 from rewardsmith.wire.journal import (
+    JOB_MARKER,
     CheckpointReport,
     Control,
     EventReport,
@@ -53,8 +56,10 @@ from rewardsmith.wire.journal import (
 
 __all__ = [
     "DEFAULT_CONNECTION",
+    "JOB_MARKER",
     "TERMINAL",
     "Accelerator",
+    "AdapterId",
     "AdapterVersion",
     "Checkpoint",
     "CheckpointReport",

@@ -12,6 +12,9 @@ from pydantic import Field
 from rewardsmith.wire.base import Answer, Request
 from rewardsmith.wire.control import Revision
 
+# In the environment of a job process and of all it starts, reward workers too: `<uuid>:<attempt>`.
+JOB_MARKER = "REWARDSMITH_JOB"
+
 
 class ResumePoint(Answer):
     """Where to take the run up again: the training state under `state_path` was saved after `step`."""

@@ -13,7 +13,6 @@ from rewardsmith import wire
 from rewardsmith.errors import ConfigError
 from rewardsmith.server.auth import Caller
 from rewardsmith.server.context import ConfigOf, StoreOf
-from rewardsmith.store.adapters import AdapterId
 
 router = APIRouter(tags=["adapters"])
 VERSION = "/v2/repos/{repo}/version/{tag}"
@@ -31,7 +30,7 @@ def list_adapters(
 @router.get(VERSION)
 def get_version(repo: str, tag: str, caller: Caller, store: StoreOf) -> wire.AdapterVersion:
     """`tag` is a version such as `3`, or a checkpoint of it such as `3@2`."""
-    version = AdapterId.parse(f"{repo}/{tag}")
+    version = wire.AdapterId.parse(f"{repo}/{tag}")
     return store.registry.get_version(version.repo, version.tag, version.checkpoint)
 
 
@@ -53,7 +52,7 @@ def delete_version(repo: str, tag: str, caller: Caller, store: StoreOf) -> None:
 @router.get(VERSION + "/download", response_class=StreamingResponse)
 def download_version(repo: str, tag: str, caller: Caller, store: StoreOf, config: ConfigOf) -> StreamingResponse:
     """A zip of the PEFT folder."""
-    version = AdapterId.parse(f"{repo}/{tag}")
+    version = wire.AdapterId.parse(f"{repo}/{tag}")
     folder = store.registry.adapter_path(version.repo, version.tag, version.checkpoint)
     file = tempfile.TemporaryFile(dir=config.home)  # noqa: SIM115 - `_chunks` closes it
     store.artifacts.zip_folder(folder, file)
@@ -63,8 +62,8 @@ def download_version(repo: str, tag: str, caller: Caller, store: StoreOf, config
     return StreamingResponse(_chunks(file), media_type="application/zip", headers=headers)
 
 
-def _whole(repo: str, tag: str) -> AdapterId:
-    version = AdapterId.parse(f"{repo}/{tag}")
+def _whole(repo: str, tag: str) -> wire.AdapterId:
+    version = wire.AdapterId.parse(f"{repo}/{tag}")
     if version.checkpoint is not None:
         raise ConfigError(f"{repo}/{tag} is one checkpoint; this works on whole versions: {repo}/{version.tag}")
     return version
