@@ -16,6 +16,8 @@ from server.running import ROWS, TOKEN, Running, running
 
 from rewardsmith import ConfigError, wire
 from rewardsmith.cli import main
+from rewardsmith.cli.datasets import lengths
+from rewardsmith.client.objects import Dataset
 
 REWARDS = """\
 import math
@@ -145,6 +147,29 @@ def test_a_config_that_is_shown_can_be_used_again_and_its_rewards_changed(cli: C
     assert "not yet" in cli("jobs", "revisions", name).out
 
 
+def test_a_revision_that_had_no_turn_says_why(cli: Cli, api: Running):
+    submit(cli, "--rewards", "rewards.py:half")
+    while claim := api.store.runs.claim("test-host", 60):
+        last = claim
+    job = api.store.runs.get(last.uuid)
+    name = f"{job.target_repo_name}/{job.target_version_tag}"
+    for change in (["--rewards", "rewards.py:whole"], ["--remove", "half"], ["--rewards", "rewards.py:half"]):
+        cli("adapters", "update-config", name, *change)
+    message = "it does not load\nTraceback"
+    for fields in ({"revision": 4, "refused": message}, {"revision": 3, "step": 2}):
+        report = wire.EventReport(fence=last.fence, kind="revision", message=message, **fields)
+        api.store.runs.report_event(last.uuid, report, 60)
+    shown = cli("jobs", "revisions", name).out
+    lines = {line.split()[0]: line for line in shown.splitlines()}
+    assert "never (replaced by 3)" in lines["2"]
+    assert lines["3"].split()[1] == "2"
+    assert "refused: it does not load …" in lines["4"]
+    events = cli("jobs", "events", name)
+    assert "it does not load …" in events.out
+    assert "Traceback" not in events.out
+    assert message in [event["message"] for event in cli("jobs", "events", name, "--json").json()]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -219,12 +244,13 @@ def test_tables_in_a_pipe_are_not_cut(cli: Cli):
 
 def test_datasets_and_repos_go_their_way(cli: Cli, tmp_path: Path):
     assert "2 rows, columns prompt, answer" in cli("datasets", "upload", "rows.jsonl", "--name", "other").out
-    assert "columns" in cli("datasets", "get", "other").out
+    assert "prompts   7 characters\n" in cli("datasets", "get", "other").out
     cli("datasets", "download", "other", "--dest", "saved")
     assert [json.loads(line)["answer"] for line in (tmp_path / "saved.jsonl").read_text().splitlines()] == [4, 8]
     cli("datasets", "delete", "other")
     assert "error: " in cli("datasets", "get", "other", ok=False).err
     cli("repos", "create", "gone")
+    assert "--exists-ok" in cli("repos", "create", "gone", ok=False).err
     cli("repos", "delete", "gone")
     assert "HTTP 404" in cli("repos", "get", "gone", ok=False).err
 
@@ -272,6 +298,30 @@ def test_a_home_that_cannot_be_used_is_one_line(cli: Cli, tmp_path: Path):
     assert failed.err.startswith("error: the home folder")
 
 
+@pytest.mark.parametrize("command", ["serve", "dispatcher"])
+def test_without_the_server_part_one_line_says_how_to_install_it(tmp_path: Path, command: str):
+    (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError('not here', name='uvicorn')")
+    said = subprocess.run(
+        [sys.executable, "-m", "rewardsmith", command, "--home", str(tmp_path / "home")],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 1
+    assert said.stderr.startswith('error: this needs the server part: pip install "rewardsmith[server]"')
+    assert 'pip install ".[server]"' in said.stderr
+
+
+def test_a_port_that_there_is_not_is_refused(cli: Cli):
+    assert "65535" in cli("serve", "--port", "99999999", ok=False).err
+
+
 def test_other_machines_are_let_in_only_on_request(cli: Cli, tmp_path: Path):
     failed = cli("serve", "--home", str(tmp_path / "home"), "--host", "0.0.0.0", "--port", "0", ok=False)
     assert "--allow-remote" in failed.err
+
+
+def test_the_lengths_of_prompts_are_one_short_line():
+    buckets = [wire.LengthBucket(low=low, high=low + 9, rows=rows) for low, rows in ((10, 1), (20, 6), (30, 3))]
+    dataset = Dataset(uuid="d", id=1, name="rows", prompt_lengths=buckets)
+    assert lengths(dataset) == "10-39 characters, median in 20-29  ▂█▅"

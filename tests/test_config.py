@@ -75,11 +75,15 @@ REFUSED_FORMS: dict[str, tuple[Any, str]] = {
     "a long name": ({"a" * 101: short}, "1 to 100"),
     "the name of a metric": ({"total_reward": short}, "'total_reward' is the name of a metric"),
     "two of one name": ([short, short], "two reward functions are named 'short'; give a dict"),
-    "a thing without a name": ([3], "3 has no name; give a dict"),
+    "a thing without a name": ([3], "a int in a list has no name; give a dict"),
+    "objects in a list": ([RewardFunction.from_callable(short)], "a RewardFunction in a list has no name; give a dict"),
     "no base64": ({"a": {"encodedFn": "not base64!"}}, "not base64 of UTF-8"),
     "base64 of bytes": ({"a": {"encodedFn": base64.b64encode(b"\xff\xfe").decode()}}, "not base64 of UTF-8"),
     "an unknown setting": ({"a": {"encodedFn": "", "wieght": 2}}, "RewardFunction has no field 'wieght'; did you mean"),
-    "an unknown level": ({"functions": {"a": short}, "packages": []}, "RewardFunctionsConfig has no field 'packages'"),
+    "an unknown level": (
+        {"functions": {"a": short}, "packages": []},
+        "did you mean 'runtime.packages'",
+    ),
 }
 
 
@@ -90,12 +94,21 @@ def test_refused_forms(given: Any, says: str) -> None:
 
 
 def test_functions_that_cannot_travel_are_refused_by_name_with_line_and_fix() -> None:
-    with pytest.raises(RewardSourceError, match=r"'judge': line 2: `json` comes from outside.*write `import json`"):
+    with pytest.raises(
+        RewardSourceError, match=r"^reward function 'judge': line 2: `json` comes .*write `import json`"
+    ):
         GRPOConfig(reward_fns={"judge": needs_re})
     with pytest.raises(RewardSourceError, match=r"'x': line \d+ of its file: a lambda"):
         GRPOConfig(reward_fns={"x": lambda prompt, completion, example: 1})
     with pytest.raises(RewardSourceError, match="line 1: `f\\(a\\)` does not have exactly three parameters"):
         RewardFunction.from_source("def f(a): return 1")
+
+
+def test_a_refused_function_is_not_printed_in_base64() -> None:
+    for given in ([RewardFunction.from_callable(short)], {"a": {"encodedFn": "?" * 200}}):
+        with pytest.raises(ConfigError) as refused:
+            GRPOConfig(reward_fns=given)
+        assert len(refused.value.message) < 200
 
 
 def test_functions_change_like_a_dict() -> None:
@@ -129,6 +142,16 @@ REFUSED: list[tuple[type[BaseModel], dict[str, Any], str]] = [
     (GRPOConfig, {"num_train_epochs": 3}, "GRPOConfig has no field 'num_train_epochs'; did you mean 'epochs'?"),
     (GRPOConfig, {"learningrate": 1e-5}, "did you mean 'learning_rate'"),
     (GRPOConfig, {"zzz": 1}, "its fields: adapter, advantage"),
+    (GRPOConfig, {"max_tokens": 1}, "did you mean 'sampling_params.max_tokens'"),
+    (GRPOConfig, {"top_p": 1}, "did you mean 'sampling_params.top_p'"),
+    (GRPOConfig, {"max_token": 1}, "did you mean 'sampling_params.max_tokens'"),
+    (GRPOConfig, {"max_completion_length": 1}, "did you mean 'sampling_params.max_tokens'"),
+    (GRPOConfig, {"packages": []}, "did you mean 'reward_fns.runtime.packages'"),
+    (GRPOConfig, {"weight": 2}, "did you mean 'RewardFunction.weight'"),
+    (GRPOConfig, {"lr": 1}, "did you mean 'learning_rate'"),
+    (GRPOConfig, {"rollouts_per_prompt": 8}, "did you mean 'num_generations'"),
+    (GRPOConfig, {"gradient_accumulation_steps": 8}, "did you mean 'effective_batch_size'"),
+    (RewardFunctionsConfig, {"weight": 2}, "did you mean 'RewardFunction.weight'"),
     (
         GRPOConfig,
         {"base_model": "m", "effective_batch_size": 100},
@@ -184,6 +207,12 @@ def test_a_field_set_later_is_checked_as_well() -> None:
         config.learning_rate = -1.0
     with pytest.raises((ConfigError, ValueError)):
         config.num_train_epochs = 3  # type: ignore[attr-defined]
+
+
+def test_what_is_meant_exists() -> None:
+    for section in (GRPOConfig, RewardFunctionsConfig):
+        for meant in section._MEANT.values():
+            assert meant == "RewardFunction.weight" or meant in section._paths().values()
 
 
 # ---- defaults and the wire ------------------------------------------------------------------------------------------

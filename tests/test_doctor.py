@@ -58,6 +58,14 @@ def test_a_torch_that_cannot_be_imported_is_bad(tmp_path: Path, damaged_torch: s
     assert "Training cannot run here" in doctor(tmp_path / "home", PYTHONPATH=damaged_torch).stdout
 
 
+def test_the_packages_of_a_light_install_are_told_as_a_list(tmp_path: Path):
+    hidden = "import sys; sys.modules['packaging'] = None; from rewardsmith.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", hidden, "doctor", "--json"], capture_output=True, text=True)
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert "the server part is not installed" in found["packages"]["text"]
+    assert 'pip install "rewardsmith[server]"' in found["packages"]["advice"]
+
+
 def test_a_home_that_cannot_be_written_to_is_bad(damaged_torch: str):
     found = findings(doctor(Path("/proc/rewardsmith"), "--json", PYTHONPATH=damaged_torch))
     assert found["home"]["state"] == "bad"

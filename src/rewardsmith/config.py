@@ -11,7 +11,7 @@ import base64
 import binascii
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -19,6 +19,7 @@ from rewardsmith.errors import ConfigError, RewardSourceError
 from rewardsmith.rewards import source as reward_source
 
 DEFAULT_TRAIN_STEPS = 1000
+LONGEST_SHOWN = 100
 RESERVED_REWARD_NAMES = {"total_reward", "total_reward_std"}
 
 
@@ -27,6 +28,8 @@ class Section(BaseModel):
 
     # No inf or nan: JSON has no word for them, so they would be stored as "not set".
     model_config = ConfigDict(extra="forbid", validate_assignment=True, populate_by_name=True, allow_inf_nan=False)
+    # What is often written for a field that has another name or place here.
+    _MEANT: ClassVar[dict[str, str]] = {}
 
     def __init__(self, /, **fields: Any) -> None:
         given = {name: value for name, value in self._unfolded(fields).items() if value is not None}
@@ -57,9 +60,21 @@ class Section(BaseModel):
         known = {*cls.model_fields, *(f.alias for f in cls.model_fields.values() if f.alias)}
         for name in given:
             if name not in known:
-                near = _nearest(name, sorted(cls.model_fields))
+                near = cls._MEANT.get(name) or _nearest(name, cls._paths())
                 hint = f"did you mean {near!r}?" if near else f"its fields: {', '.join(sorted(cls.model_fields))}"
                 raise ConfigError(f"{cls.__name__} has no field {name!r}; {hint}")
+
+    @classmethod
+    def _paths(cls) -> dict[str, str]:
+        """Where each field is reached from here, by its own name: those of the sections inside as well."""
+        inner = {name: field.annotation for name, field in cls.model_fields.items()}
+        paths = {
+            below: f"{name}.{path}"
+            for name, section in inner.items()
+            if isinstance(section, type) and issubclass(section, Section)
+            for below, path in section._paths().items()
+        }
+        return paths | {name: name for name in sorted(inner)}
 
     def to_wire(self) -> dict[str, Any]:
         """The fields that were set, as the HTTP API spells them (contract 1.6: snake_case but for two names)."""
@@ -75,23 +90,31 @@ class Section(BaseModel):
                     self.model_fields_set.add(name)
 
 
-def _nearest(name: str, known: list[str]) -> str | None:
-    """The field a user most likely meant: one whose name is part of the given one, else the closest spelling."""
-    contained = [field for field in known if field in name]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return max(contained, key=len) if contained else close[0] if close else None
+def _nearest(name: str, paths: Mapping[str, str]) -> str | None:
+    """The path of the field that was most likely meant.
+
+    It has this very name in a section inside, or a name that is part of the given one, or the closest spelling.
+    """
+    if name in paths:
+        return paths[name]
+    contained = [field for field, path in paths.items() if field == path and field in name]
+    close = difflib.get_close_matches(name, paths, n=1, cutoff=0.5)
+    return max(contained, key=len) if contained else paths[close[0]] if close else None
 
 
 def _explained(owner: str, error: ValidationError) -> ConfigError:
     """One sentence for each thing pydantic found, naming the field."""
-    lines = []
+    lines, kind = list[str](), ConfigError
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         text = item["msg"].removeprefix("Value error, ")
-        given = f" (given: {item['input']!r})" if where and isinstance(item["input"], (str, int, float, bool)) else ""
-        lines.append(f"{owner}.{where}: {text}{given}" if where and not text.startswith(owner) else text)
-    of_source = any(isinstance(item.get("ctx", {}).get("error"), RewardSourceError) for item in error.errors())
-    return (RewardSourceError if of_source else ConfigError)("; ".join(lines))
+        given = repr(item["input"]) if where and isinstance(item["input"], (str, int, float, bool)) else ""
+        given = f" (given: {given})" if 0 < len(given) <= LONGEST_SHOWN else ""
+        # Problems of a function's text say themselves whose they are.
+        of_source = isinstance(item.get("ctx", {}).get("error"), RewardSourceError)
+        lines.append(text if not where or of_source or text.startswith(owner) else f"{owner}.{where}: {text}{given}")
+        kind = RewardSourceError if of_source else kind
+    return kind("; ".join(lines))
 
 
 class SamplingParamsConfig(Section):
@@ -187,7 +210,7 @@ def _named(functions: object) -> dict[str, object]:
     for function in functions:
         name = getattr(function, "__name__", None)
         if name is None:
-            raise ConfigError(f"{function!r} has no name; give a dict that names it")
+            raise ConfigError(f"a {type(function).__name__} in a list has no name; give a dict, {{name: function}}")
         if name in named:
             raise ConfigError(f"two reward functions are named {name!r}; give a dict with two names")
         named[name] = function
@@ -202,6 +225,7 @@ class RewardFunctionsConfig(Section):
 
     runtime: RewardFunctionsRuntimeConfig = Field(default_factory=RewardFunctionsRuntimeConfig)
     functions: dict[str, RewardFunction] = Field(default_factory=dict)
+    _MEANT = {"weight": "RewardFunction.weight"}
 
     @field_validator("functions", mode="before")
     @classmethod
@@ -281,6 +305,16 @@ class GRPOConfig(Section):
     Without `train_steps` and `epochs` a run has 1000 steps; with both, `train_steps` wins. `effective_batch_size`
     counts completions: a step takes `effective_batch_size / num_generations` prompts.
     """
+
+    _MEANT = {
+        "lr": "learning_rate",
+        "max_steps": "train_steps",
+        "rollouts_per_prompt": "num_generations",
+        "gradient_accumulation_steps": "effective_batch_size",
+        "per_device_train_batch_size": "effective_batch_size",
+        "max_completion_length": "sampling_params.max_tokens",
+        "weight": "RewardFunction.weight",
+    }
 
     # The original's fields (contract 1.6).
     task: Literal["grpo"] = "grpo"

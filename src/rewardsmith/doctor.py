@@ -28,7 +28,7 @@ from rewardsmith.home import default_base_url, default_home, token_file
 
 GIB = 2**30
 STYLES = {"ok": "green", "note": "yellow", "bad": "bold red"}
-SERVER_EXTRA = "pip install 'rewardsmith[server]'"
+INSTALL_SERVER = 'pip install "rewardsmith[server]", or pip install ".[server]" in a clone'
 
 _ASK_TORCH = """
 import json, torch
@@ -115,24 +115,26 @@ def _memory() -> Finding:
 
 def _packages() -> Finding:
     """Versions against what this package asks for, the server's extra included."""
-    advice = f"Install what training needs: {SERVER_EXTRA}"
+    advice = f"Install the server part, which training needs: {INSTALL_SERVER}"
     try:
         from packaging.requirements import Requirement
     except ImportError:
-        return Finding("packages", "bad", "packaging is missing, and so is probably the rest", advice)
-    wrong = []
+        return Finding("packages", "bad", "the server part is not installed (packaging is missing)", advice)
+    missing, wrong = [], []
     for requirement in map(Requirement, metadata.requires("rewardsmith") or []):
         if requirement.marker and not requirement.marker.evaluate({"extra": "server"}):
             continue
         try:
             installed = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            wrong.append(f"{requirement.name} is missing")
+            missing.append(requirement.name)
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
             wrong.append(f"{requirement.name} {installed} is not {requirement.specifier}")
+    if missing:
+        wrong.append(f"missing: {', '.join(missing)}")
     if wrong:
-        return Finding("packages", "bad", ", ".join(wrong), advice)
+        return Finding("packages", "bad", "; ".join(wrong), advice)
     return Finding("packages", "ok", "all that training needs, in versions that fit")
 
 
@@ -142,8 +144,9 @@ def _torch() -> tuple[Finding, dict[str, Any]]:
         [sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     if asked.returncode:
-        reason = asked.stderr.strip().splitlines()[-1:] or [f"its process ended with {asked.returncode}"]
-        return Finding("torch", "bad", f"cannot be imported: {reason[0]}", SERVER_EXTRA), {}
+        reason = (asked.stderr.strip().splitlines() or [f"its process ended with {asked.returncode}"])[-1]
+        absent = reason == "ModuleNotFoundError: No module named 'torch'"
+        return Finding("torch", "bad", "not installed" if absent else f"cannot be imported: {reason}"), {}
     found = json.loads(asked.stdout)
     build = f"built for CUDA {found['cuda']}" if found["cuda"] else "built for CPUs"
     return Finding("torch", "ok", f"{found['version']}, {build}"), found

@@ -190,6 +190,22 @@ def test_what_was_changed_inside_a_config_is_sent_too(server: ScriptedServer, rs
     assert params["sampling_params"] == {"temperature": 0.5}
 
 
+def test_a_base_model_in_a_folder_here_is_named_by_its_absolute_path(
+    server: ScriptedServer, rs: Rewardsmith, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    server.on(f"POST {JOBS}", job("queued"))
+    (tmp_path / "below").mkdir()
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = str((tmp_path / "model").resolve())
+    for given, sent in [("../model", folder), ("~/model", folder), ("./model", "./model"), ("model", "model")]:
+        config = GRPOConfig(base_model=given)
+        rs.finetuning.jobs.create(config=config, dataset="rows", repo="my-repo")
+        assert server.requests[-1].json()["params"]["base_model"] == sent
+        assert config.base_model == given
+
+
 def test_two_jobs_have_two_keys(server: ScriptedServer, rs: Rewardsmith):
     server.on(f"POST {JOBS}", job("queued"))
     for _ in range(2):
@@ -205,8 +221,9 @@ def test_a_bad_config_or_reward_is_refused_before_anything_is_sent(server: Scrip
         rs.finetuning.jobs.create(config="config.json", dataset="rows", repo="r")
     with pytest.raises(ConfigError, match="lambda"):
         rs.finetuning.jobs.create(config={"reward_fns": {"f": lambda p, c, e: 1.0}}, dataset="rows", repo="r")
-    with pytest.raises(ConfigError, match="<repo>/<version>"):
-        rs.finetuning.jobs.create(config={}, dataset="rows", repo="r", continue_from_version="my-repo")
+    for version_of_nothing in ("my-repo", 1):
+        with pytest.raises(ConfigError, match="<repo>/<version>"):
+            rs.finetuning.jobs.create(config={}, dataset="rows", repo="r", continue_from_version=version_of_nothing)
     assert len(server.requests) == sent
 
 

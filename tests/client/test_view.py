@@ -2,6 +2,7 @@
 
 import io
 import re
+import traceback
 from collections.abc import Iterator
 
 import pytest
@@ -61,6 +62,15 @@ def test_a_terminal_gets_the_table_of_the_contract():
     ]
     assert len({len(line) for line in table[2:7]}) == 1, "columns stand below each other"
     assert max(map(len, table)) <= 80
+
+
+@pytest.mark.parametrize("width", [60, 70, 78])
+def test_in_a_narrow_terminal_names_give_way_and_rows_stay_whole(width: int):
+    lines = drawn(a_step(1, **{"a-name-that-is-longer-than-most-are": 0.5}), terminal=True, width=width)
+    assert ["1", "0.5000", "0.5000", "zeta", "--"] in [line.split() for line in lines]
+    long = next(line for line in lines if "a-name" in line)
+    assert long.endswith("0.5000")
+    assert len(long) == width
 
 
 def test_names_and_messages_cannot_steer_the_terminal():
@@ -148,11 +158,13 @@ def test_interrupting_says_that_the_job_goes_on_and_how_to_come_back():
         raise KeyboardInterrupt
 
     out = io.StringIO()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as raised:
         view.watch(interrupted(), FinetuningJob.of(a_job("training")), Console(file=out))
     assert "the job goes on" in out.getvalue()
     assert "rewardsmith jobs watch my-repo/1" in out.getvalue()
     assert "rewardsmith jobs stop my-repo/1" in out.getvalue()
+    shown = "".join(traceback.format_exception(raised.value))
+    assert "in interrupted" not in shown, "what it was waiting in would bury those lines"
 
 
 def test_the_last_line_tells_progress_and_the_time_left():

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from server.running import Running, running
 
 from rewardsmith import wire
 from rewardsmith.jobs.dispatcher import Dispatcher
-from rewardsmith.jobs.local import LocalLauncher, log_file
+from rewardsmith.jobs.local import LocalLauncher, Ticket, log_file
 
 FAKE_JOB = Path(__file__).with_name("fake_job.py")
 
@@ -86,6 +87,19 @@ def test_a_job_extends_its_lease_and_is_canceled_by_request(api: Running):
     until(here, lambda: job(api, uuid).status == "canceled", "the job is canceled")
     until(here, lambda: gone(process), "its process is gone")
     assert job(api, uuid).attempt == 1
+
+
+def test_a_job_that_does_not_hear_its_cancellation_is_killed(api: Running, monkeypatch: pytest.MonkeyPatch):
+    here = dispatcher(api, "silent")
+    uuid = api.queued_job()
+    until(here, lambda: job(api, uuid).step == 1, "the first step")
+    process = process_of(api, uuid)
+    api.http.post(f"/v2/finetuning/jobs/{uuid}/cancel").raise_for_status()
+    here.turn()
+    assert job(api, uuid).status == "stopping" and not gone(process)
+    monkeypatch.setattr("rewardsmith.jobs.dispatcher.CANCEL_GRACE_SECONDS", 0)
+    here.turn()
+    assert job(api, uuid).status == "canceled" and gone(process)
 
 
 def test_a_killed_job_goes_back_to_the_queue_and_runs_again(api: Running):
@@ -247,6 +261,19 @@ def test_a_new_dispatcher_takes_over_the_process_of_a_killed_one(api: Running):
     assert [live.uuid for live in api.store.runs.live()] == [uuid], "the adopted job holds its slot"
     api.http.post(f"/v2/finetuning/jobs/{uuid}/cancel").raise_for_status()
     until(here, lambda: job(api, uuid).status == "canceled" and gone(process), "the adopted job ends")
+
+
+def test_a_process_whose_handle_was_not_stored_is_taken_over(api: Running):
+    uuid = api.queued_job()
+    here = dispatcher(api, "hold")
+    claim = api.store.runs.claim(socket.gethostname(), 60)
+    assert claim
+    launcher = LocalLauncher(api.config.home, [sys.executable, str(FAKE_JOB), "hold"])
+    handle = launcher.start(Ticket(api.url, uuid, claim.fence, claim.attempt, claim.token))
+    until(here, lambda: job(api, uuid).step == 1, "the job runs")
+    assert handle_of(api, uuid) == handle
+    here.end_jobs()
+    assert not launcher.alive(handle) and job(api, uuid).status == "queued"
 
 
 def test_an_adopted_process_that_dies_is_noticed(api: Running):

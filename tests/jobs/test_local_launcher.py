@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -62,8 +63,8 @@ def test_a_process_is_recognised_by_another_launcher_and_an_impostor_is_not(tmp_
     handle = here.start(TICKET)
     successor = LocalLauncher(tmp_path)
     assert here.alive(handle) and successor.alive(handle)
-    pid, _, started = handle.partition(":")
-    reused = f"{pid}:{float(started) - 3600}"
+    pid, started, _ = handle.split(":", 2)
+    reused = f"{pid}:{float(started) - 3600}:another-job:1"
     assert not successor.alive(reused)
     successor.stop(reused, 0)
     assert here.alive(handle), "a process that only has the same pid was killed"
@@ -137,6 +138,56 @@ def test_what_an_adopted_process_left_behind_is_cleared_up_while_its_status_is_u
     successor.stop(handle, 0)
     wait_until(lambda: gone(child), "the child is gone", 10)
     assert first.exit_code(handle) == -signal.SIGKILL
+
+
+REWARDS = """
+import sys
+from rewardsmith.rewards.pool import Group, RewardPool
+from rewardsmith.wire import RevisionFunction
+source = '''def slow(prompt, completion, example):
+    import subprocess, time
+    child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    with open(example["file"], "w") as file:
+        print(child.pid, file=file)
+    time.sleep(600)
+'''
+if __name__ == "__main__":
+    with RewardPool([RevisionFunction(name="slow", source=source, source_sha256="")], workers=1) as pool:
+        pool.score([Group("prompt", {"file": sys.argv[1]}, ["completion"])])
+"""
+
+
+def test_stop_kills_what_reward_functions_started_when_the_job_was_killed(tmp_path: Path):
+    file = tmp_path / "pid"
+    here = LocalLauncher(tmp_path, [sys.executable, "-c", REWARDS, str(file)])
+    handle = here.start(TICKET)
+    child = int(wait_until(lambda: file.exists() and file.read_text().strip(), "the function runs", 30))
+    os.kill(pid_of(handle), signal.SIGKILL)
+    assert ended(here, handle) == -signal.SIGKILL
+    assert not gone(child)
+    other = launcher(tmp_path, "import time; time.sleep(600)")
+    sibling = other.start(replace(TICKET, attempt=3))
+    here.stop(handle, 0)
+    wait_until(lambda: gone(child), "the child is gone", 10)
+    assert other.alive(sibling), "a process of another attempt was killed"
+    other.stop(sibling, 0)
+
+
+def test_a_process_is_found_whose_handle_was_not_stored(tmp_path: Path):
+    program = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(600)"
+    )
+    here = launcher(tmp_path, program)
+    handle = here.start(TICKET)
+    wait_until(lambda: words(tmp_path).strip(), "the child is there", 10)
+    successor = LocalLauncher(tmp_path)
+    assert successor.find("job-1", 2) == handle
+    assert successor.find("job-1", 1) is None
+    successor.stop(handle, 0)
+    assert successor.find("job-1", 2) is None
 
 
 def gone(pid: int) -> bool:

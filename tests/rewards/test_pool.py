@@ -86,7 +86,7 @@ def test_documented_rewards_run_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     ("expression", "value"),
-    [("True", 1.0), ("3", 3.0), ("-0.25", -0.25), ("10 ** 300", 1e300), ("type('F', (float,), {})(2)", 2.0)],
+    [("True", 1.0), ("3", 3.0), ("-0.25", -0.25), ("10 ** 12", 1e12), ("type('F', (float,), {})(2)", 2.0)],
 )
 def test_numbers_of_python(expression: str, value: float) -> None:
     score = score_one(f"def f(prompt, completion, example): return {expression}")

@@ -82,6 +82,30 @@ def test_recursion_is_no_closure() -> None:
     assert compile_function(source_of(down), "<down>")("", "abc", {}) == 1.0
 
 
+def test_classes_inside_a_function_travel() -> None:
+    def with_classes(prompt, completion, example):
+        from dataclasses import dataclass
+        from html.parser import HTMLParser
+
+        @dataclass
+        class Weights:
+            """How much each part counts."""
+
+            tag: float = 0.5
+
+        class Tags(HTMLParser):
+            count = 0
+
+            def handle_starttag(self, tag, attributes):
+                self.count += 1
+
+        tags = Tags()
+        tags.feed(completion)
+        return Weights().tag * tags.count + (__name__ == "")
+
+    assert worker.load_function(source_of(with_classes), "<f>")("", "<a><b>", {}) == 1.0
+
+
 def refused(function: object) -> str:
     with pytest.raises(SourceError) as caught:
         source_of(function)  # type: ignore[arg-type]
@@ -212,6 +236,12 @@ REFUSED = {
     "star": ("def f(*a): return 1", [(1, "`f(*a)` does not have", "")]),
     "keywords": ("def f(a, b, c, **k): return 1", [(1, "`f(a, b, c, **k)`", "")]),
     "keyword only": ("def f(a, b, c, *, d=1): return 1", [(1, "does not have", "")]),
+    "swapped": (
+        "def f(completion, prompt, example): return 1",
+        [(1, "`f(completion, prompt, example)` has its parameters in another order", "write `def f(prompt, compl")],
+    ),
+    "batches": ("def f(prompts, completions, answer): return 1", [(1, "one call scores one completion", "write `de")]),
+    "batches and keywords": ("def f(completions, **kwargs): return 1", [(1, "one call scores one completion", "")]),
     "async": ("async def f(a, b, c): return 1", [(1, "`f` is async", "write `def`")]),
     "generator": ("def f(a, b, c):\n    x = 1\n    yield x", [(3, "generator", "use `return`")]),
     "yield from": ("def f(a, b, c):\n    yield from b", [(2, "generator", "")]),
@@ -257,6 +287,7 @@ def test_a_problem_reads_as_one_line() -> None:
 
 ACCEPTED = {
     "signature annotations": "def f(a: Prompt, /, b: 'x', c: dict[str, Any]) -> Reward: return 1",
+    "names of one's own": "def f(question, completion, examples): return 1",
     "defaults": "def f(a='', b='', c=None): return 1",
     "docstring and comments": "# about it\n\ndef f(a, b, c):\n    '''Says.'''\n    return 1  # one\n\n# end\n",
     "one line": "def f(a, b, c): return 1",

@@ -1,6 +1,7 @@
 """Who may call what: no token, a foreign one, a job's, a user's, on every route there is."""
 
 import re
+import socket
 
 import pytest
 from fastapi.routing import iter_route_contexts
@@ -59,8 +60,35 @@ def test_open_pages_need_no_token(api: Running):
 
 def test_a_made_up_presigned_link_opens_nothing(api: Running):
     assert api.anyone.put("/v2/datasets/upload/made-up", content=b"x").status_code == 404
-    for token in ("made-up", "", "a.b.c", "rows.99999999999.00", "é.1.é"):
+    assert api.anyone.get("/v2/datasets/download/").status_code == 401
+    for token in ("made-up", "a.b.c", "rows.99999999999.00", "é.1.é"):
         assert api.anyone.get(f"/v2/datasets/download/{token}").status_code in (403, 404)
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "upload/x"), ("PUT", "download/x"), ("DELETE", "upload/x")])
+def test_only_the_method_of_a_presigned_link_is_open(api: Running, method: str, path: str):
+    assert api.anyone.request(method, f"/v2/datasets/{path}").status_code == 401
+
+
+@pytest.mark.parametrize("name", ["upload", "download"])
+def test_datasets_may_be_called_like_the_presigned_paths(api: Running, name: str):
+    api.upload(name).raise_for_status()
+    path = f"/v2/datasets/{name}/download-link"
+    assert api.anyone.get(path).status_code == 401
+    assert api.anyone.get(api.http.get(path).json()["url"]).text.startswith('{"prompt"')
+    assert api.http.delete(f"/v2/datasets/{name}").status_code == 204
+
+
+@pytest.mark.parametrize("request_line", ["PUT /v2/datasets/upload/made-up", "POST /v2/repos"])
+@pytest.mark.parametrize("header", ["Content-Length: 999999999999", "Transfer-Encoding: chunked"])
+def test_the_body_of_a_stranger_is_not_read(api: Running, request_line: str, header: str):
+    chunk = b"100000\r\n" + b"x" * 0x100000 + b"\r\n"
+    with socket.create_connection(("127.0.0.1", api.config.port), timeout=10) as connection:
+        connection.sendall(f"{request_line} HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode())
+        assert connection.recv(4096).startswith((b"HTTP/1.1 404", b"HTTP/1.1 401"))
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            for _ in range(100):
+                connection.sendall(chunk)
 
 
 def test_the_token_of_a_job_opens_its_journal_and_nothing_else(api: Running):

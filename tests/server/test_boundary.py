@@ -106,6 +106,23 @@ def test_an_unforeseen_error_shows_a_reference_and_nothing_of_the_inside(
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
+def test_the_token_of_a_presigned_link_is_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with running(tmp_path / "home") as server:
+        server.prepare()
+        link = server.http.get("/v2/datasets/rows/download-link").json()["url"]
+        upload = server.http.post("/v2/datasets/upload", json={"fileName": "rows.jsonl"}).json()["presignedUrl"]
+        with sqlite3.connect(server.config.home / "rewardsmith.sqlite") as database:
+            database.execute("PRAGMA foreign_keys=off")
+            database.execute("DROP TABLE datasets")
+            database.execute("DROP TABLE uploads")
+        with caplog.at_level(logging.ERROR, logger="rewardsmith.server"):
+            answers = [server.anyone.get(link), server.anyone.put(upload, content=b"x")]
+    assert [answer.status_code for answer in answers] == [500, 500]
+    assert "/v2/datasets/download/... failed" in caplog.text and "/v2/datasets/upload/... failed" in caplog.text
+    for url in (link, upload):
+        assert url.rpartition("/")[2] not in caplog.text
+
+
 def test_the_openapi_document_is_generated_and_needs_a_token(api: Running):
     document = api.http.get("/openapi.json").json()
     assert document["openapi"].startswith("3.")

@@ -1,9 +1,13 @@
 """Datasets over HTTP: two-step upload, refusals, download links."""
 
 import json
+import socket
 import time
+from collections.abc import Iterator
 
+import httpx
 import pytest
+from processes import wait_until
 from server.running import ROWS, Running
 
 from rewardsmith.server.links import LIFETIME_SECONDS
@@ -32,6 +36,35 @@ def test_an_upload_url_takes_one_body(api: Running):
     finish = {"name": "once", "uploadToken": ticket["uploadToken"]}
     assert api.http.put("/v2/datasets/upload", json=finish).json()["rows"] == 2
     assert api.http.put("/v2/datasets/upload", json=finish).status_code in (404, 409)
+
+
+def test_an_upload_that_is_still_going_on_cannot_be_finished(api: Running):
+    ticket = api.http.post("/v2/datasets/upload", json={"fileName": "rows.jsonl"}).json()
+    finish = {"name": "half", "uploadToken": ticket["uploadToken"]}
+    early: list[httpx.Response] = []
+
+    def body() -> Iterator[bytes]:
+        yield ROWS
+        # All that was sent so far has reached the disk.
+        wait_until(lambda: any(api.store.artifacts.scratch().glob("upload-*.part")), "the upload begins", 10)
+        early.append(api.http.put("/v2/datasets/upload", json=finish))
+        yield ROWS
+
+    assert api.anyone.put(ticket["presignedUrl"], content=body()).status_code == 200
+    assert early[0].status_code == 409 and "has not been received whole" in early[0].json()["error"]
+    assert api.http.put("/v2/datasets/upload", json=finish).json()["rows"] == 4
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(api: Running):
+    ticket = api.http.post("/v2/datasets/upload", json={"fileName": "rows.jsonl"}).json()
+    path = ticket["presignedUrl"].removeprefix(api.url)
+    parts = lambda: list(api.store.artifacts.scratch().glob("upload-*"))  # noqa: E731
+    with socket.create_connection(("127.0.0.1", api.config.port)) as connection:
+        connection.sendall(f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n".encode() + ROWS)
+        wait_until(parts, "the upload begins", 10)
+    wait_until(lambda: not parts(), "it is forgotten", 10)
+    finish = {"name": "broken", "uploadToken": ticket["uploadToken"]}
+    assert api.http.put("/v2/datasets/upload", json=finish).status_code == 404
 
 
 def test_a_bad_file_is_refused_with_its_rows_and_leaves_no_dataset(api: Running):

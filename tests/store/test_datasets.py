@@ -102,7 +102,11 @@ def test_an_upload_token_is_for_one_upload_of_its_user(store: Store) -> None:
     with pytest.raises(Forbidden, match="begun by somebody else"):
         store.datasets.finish_upload("sums", token, OWNER_ID + 1)
     store.datasets.finish_upload("sums", token, OWNER_ID)
-    for use in (store.datasets.receive_upload, store.datasets.check_upload, lambda spent: store.datasets.finish_upload("again", spent, OWNER_ID)):
+    for use in (
+        store.datasets.receive_upload,
+        store.datasets.check_upload,
+        lambda spent: store.datasets.finish_upload("again", spent, OWNER_ID),
+    ):
         with pytest.raises(NotFound):
             use(token)
 

@@ -161,7 +161,22 @@ def test_adapter_ids(text: str, parsed: AdapterId) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["math", "math/", "math/x", "math/3@", "math/-1", "a/b/3", "math/3@1@2", "math/3\n", "math/0", "math/3@0", "a@b/3", "math/٣", ""]
+    "text",
+    [
+        "math",
+        "math/",
+        "math/x",
+        "math/3@",
+        "math/-1",
+        "a/b/3",
+        "math/3@1@2",
+        "math/3\n",
+        "math/0",
+        "math/3@0",
+        "a@b/3",
+        "math/٣",
+        "",
+    ],
 )
 def test_other_adapter_ids_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="<repo>/<version> or <repo>/<version>@<checkpoint>"):

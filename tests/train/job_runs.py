@@ -18,6 +18,7 @@ from rewardsmith.wire import JobSpec, ResumePoint, Revision, RevisionFunction
 
 UUID = "0b7c7f0e-1111-4222-8333-444455556666"
 DATASET = "datasets/rows.jsonl"
+LONG = 1000  # steps of a run that is ended by the test
 
 LETTER_A = "def letter_a(prompt, completion, example):\n    return completion.count('a') / 8\n"
 LENGTH = "def length(prompt, completion, example):\n    return len(completion) / 16\n"
@@ -116,3 +117,22 @@ def segment_rows(folder: Path, server: ScriptedServer, family: str, phase: str =
                 assert table.num_rows == segment["rows"]
                 found += table.to_pylist()
     return found
+
+
+def finish(server: ScriptedServer) -> dict[str, Any]:
+    (body,) = server.bodies("finish")
+    return body
+
+
+def events(server: ScriptedServer, kind: str) -> list[str]:
+    return [body["message"] for body in server.bodies("event") if body["kind"] == kind]
+
+
+def at_step(number: int, act) -> Any:
+    """A server's `on_report` that acts when the report of a step comes in, before it is answered."""
+
+    def on_report(path: str, body: dict[str, Any]) -> None:
+        if path == "report" and body["step"] == number:
+            act()
+
+    return on_report

@@ -219,11 +219,11 @@ def test_an_end_that_is_refused_again_is_an_error():
 
 
 def test_until_the_server_answers_the_specs_revision_is_the_one_to_run(tmp_path):
-    with ScriptedServer(spec(tmp_path, tmp_path, config(), first=revision(4, length=LENGTH))) as server:
-        with connect(server) as journal:
-            journal.spec()
-            assert journal.control == Control(revision=4)
-            server.control = Control(action="stop")
-            journal.beat()
-            journal.spec()
-            assert journal.control == Control(action="stop")
+    job = spec(tmp_path, tmp_path, config(), first=revision(4, length=LENGTH))
+    with ScriptedServer(job) as server, connect(server) as journal:
+        journal.spec()
+        assert journal.control == Control(revision=4)
+        server.control = Control(action="stop")
+        journal.beat()
+        journal.spec()
+        assert journal.control == Control(action="stop")

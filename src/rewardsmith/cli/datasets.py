@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from rewardsmith.cli.output import AsJson, age, connect, print_details, print_json, print_table
 from rewardsmith.client.objects import Dataset
+from rewardsmith.client.view import sparkline
 
 app = typer.Typer(name="datasets", help="Files of prompts to train on.", no_args_is_help=True, rich_markup_mode=None)
 Name = Annotated[str, typer.Argument(help="Name of the dataset.", show_default=False)]
@@ -22,6 +24,8 @@ def upload(
     """Check and store a file of rows with a `prompt` column."""
     dataset = connect().datasets.from_file(file, name=name)
     print(f"Uploaded dataset {dataset.name}: {dataset.rows} rows, columns {', '.join(dataset.columns)}")
+    if dataset.prompt_lengths:
+        print(f"Prompts: {lengths(dataset)}")
 
 
 @app.command("list")
@@ -52,7 +56,7 @@ def get(name: Name, as_json: AsJson = False) -> None:
             ("rows", dataset.rows),
             ("columns", ", ".join(dataset.columns)),
             ("uploaded", age(dataset.created_at)),
-            ("prompts", _lengths(dataset)),
+            ("prompts", lengths(dataset)),
         ]
     )
 
@@ -73,5 +77,18 @@ def delete(name: Name) -> None:
     print(f"Deleted dataset {name}.")
 
 
-def _lengths(dataset: Dataset) -> str:
-    return ", ".join(f"{bucket.rows} of {bucket.low}-{bucket.high} characters" for bucket in dataset.prompt_lengths)
+def lengths(dataset: Dataset) -> str:
+    """The range, the bucket that holds the middle row, and a bar for each bucket."""
+    buckets = dataset.prompt_lengths
+    if len(buckets) < 2:
+        return "".join(f"{_span(bucket.low, bucket.high)} characters" for bucket in buckets)
+    up_to = accumulate(bucket.rows for bucket in buckets)
+    half = sum(bucket.rows for bucket in buckets) / 2
+    median = next(bucket for bucket, rows in zip(buckets, up_to, strict=True) if rows >= half)
+    # Bars stand on zero, not on the smallest bucket.
+    bars = sparkline([0, *(bucket.rows for bucket in buckets)])[1:]
+    return f"{_span(buckets[0].low, buckets[-1].high)} characters, median in {_span(median.low, median.high)}  {bars}"
+
+
+def _span(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low}-{high}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,8 @@ import typer
 
 from rewardsmith.cli.output import AsJson, print_json
 from rewardsmith.client.address import normalised
+from rewardsmith.doctor import INSTALL_SERVER, examine, show
+from rewardsmith.errors import ConfigError
 from rewardsmith.home import DEFAULT_PORT, ServerConfig, default_base_url, default_home
 
 Home = Annotated[
@@ -27,7 +31,7 @@ def add_to(app: typer.Typer) -> None:
 def serve(
     home: Home = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = DEFAULT_PORT,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = DEFAULT_PORT,
     no_dispatcher: Annotated[
         bool, typer.Option("--no-dispatcher", help="Serve only; jobs wait for `rewardsmith dispatcher`.")
     ] = False,
@@ -36,7 +40,8 @@ def serve(
     ] = False,
 ) -> None:
     """Run the server: the API, and the dispatcher that starts jobs."""
-    from rewardsmith.server import serve as server
+    with _server_part():
+        from rewardsmith.server import serve as server
 
     config = ServerConfig(home=_home(home), host=host, port=port)
     server.serve(config, dispatcher=not no_dispatcher, allow_remote=allow_remote)
@@ -50,7 +55,8 @@ def dispatcher(
     ] = None,
 ) -> None:
     """Start and watch over jobs, beside a server with the same home."""
-    from rewardsmith.server import serve as server
+    with _server_part():
+        from rewardsmith.server import serve as server
 
     server.dispatch(ServerConfig(home=_home(home)), normalised(base_url or default_base_url()))
 
@@ -68,14 +74,23 @@ def demo(
 
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine has for training, and what is missing."""
-    from rewardsmith.doctor import examine, show
-
     report = examine()
     if as_json:
         print_json(report)
     else:
         show(report)
     raise typer.Exit(0 if report.can_train else 1)
+
+
+@contextmanager
+def _server_part() -> Iterator[None]:
+    """Where the packages of the server are imported: without them there is the SDK alone."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("rewardsmith"):
+            raise
+        raise ConfigError(f"this needs the server part: {INSTALL_SERVER} ({error.name} is missing)") from error
 
 
 def _home(given: Path | None) -> Path:

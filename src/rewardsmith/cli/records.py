@@ -61,7 +61,10 @@ def completions(
     phase: Annotated[
         Literal["train", "eval"] | None, typer.Option(help="Only of training, or of held-out rows.", show_default=False)
     ] = None,
-    row: Annotated[int | None, typer.Option(min=0, help="Only of this dataset row.", show_default=False)] = None,
+    row: Annotated[
+        int | None,
+        typer.Option(min=0, help="Only of the dataset row with this index, from 0.", show_default=False),
+    ] = None,
     function: Function = None,
     outcome: Outcome = None,
     min_score: Annotated[float | None, typer.Option(help="Scored so at least.", show_default=False)] = None,
@@ -89,7 +92,7 @@ def completions(
         return print_json(shown)
     for completion in shown:
         scores = "  ".join(f"{name} {_score(completion, name)}" for name in completion.outcomes)
-        place = f"step {completion.step}  row {completion.row}  sample {completion.sample}"
+        place = f"step {completion.step}  row index {completion.row}  sample {completion.sample}"
         _block(f"{place}  total {reward(completion.total_reward)}  {scores}", completion.completion)
     if not shown:
         print("No completions that fit.")
@@ -121,7 +124,7 @@ def logs(
     if as_json:
         return print_json(shown)
     for call in shown:
-        place = f"step {call.step}  row {call.row}  sample {call.sample}  {call.function}"
+        place = f"step {call.step}  row index {call.row}  sample {call.sample}  {call.function}"
         _block(f"{place}  {call.outcome}  {reward(call.value)}", call.prints + call.error)
     if not shown:
         print("No lines that fit: a call that prints nothing and does not fail leaves none.")
@@ -134,7 +137,10 @@ def events(job: JobRef, as_json: AsJson = False) -> None:
         return print_json(found)
     print_table(
         ["at", "step>", "kind", "message"],
-        ([f"{e.at:%Y-%m-%d %H:%M:%S}", "" if e.step is None else e.step, e.kind, e.message] for e in found),
+        (
+            [f"{e.at:%Y-%m-%d %H:%M:%S}", "" if e.step is None else e.step, e.kind, _first_line(e.message)]
+            for e in found
+        ),
         empty="Nothing has happened yet.",
     )
 
@@ -146,15 +152,25 @@ def revisions(job: JobRef, as_json: AsJson = False) -> None:
         return print_json(found)
     print_table(
         ["revision>", "from step", "by", "functions"],
-        ([r.revision, _effect(r), r.created_by, ", ".join(f.name for f in r.functions)] for r in found),
+        ([r.revision, _effect(r, found), r.created_by, ", ".join(f.name for f in r.functions)] for r in found),
         empty="No revisions.",
     )
 
 
-def _effect(revision: wire.Revision) -> str:
+def _effect(revision: wire.Revision, every: list[wire.Revision]) -> str:
     if revision.refused is not None:
-        return f"refused: {revision.refused}"
-    return "not yet" if revision.effective_step is None else str(revision.effective_step)
+        return f"refused: {_first_line(revision.refused)}"
+    if revision.effective_step is not None:
+        return str(revision.effective_step)
+    # A newer one that waits too may still be refused, and then this one has its turn.
+    newer = (r.revision for r in every if r.revision > revision.revision and r.effective_step is not None)
+    replacement = next(newer, None)
+    return "not yet" if replacement is None else f"never (replaced by {replacement})"
+
+
+def _first_line(text: str) -> str:
+    first, more, _ = text.strip().partition("\n")
+    return f"{first} …" if more else first
 
 
 def _score(completion: wire.CompletionRow, name: str) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from rewardsmith.cli.output import AsJson, age, connect, print_details, print_json, print_table
+from rewardsmith.errors import RequestError
 
 app = typer.Typer(
     name="repos",
@@ -24,7 +25,12 @@ def create(
     exists_ok: Annotated[bool, typer.Option("--exists-ok", help="No error when it is there already.")] = False,
 ) -> None:
     """Create a repo."""
-    repo = connect().repos.create(name=name, description=description, exists_ok=exists_ok)
+    try:
+        repo = connect().repos.create(name=name, description=description, exists_ok=exists_ok)
+    except RequestError as error:
+        if error.code != 409:
+            raise
+        raise RequestError(f"repo {name!r} exists; add --exists-ok to use it, or take another name", 409) from None
     print(f"Repo {repo.name} has {_count(len(repo.versions))}.")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -63,7 +64,7 @@ class Jobs:
         if config.epochs is not None and config.train_steps is not None:
             _warn("both epochs and train_steps are set; epochs is ignored")
         if show_tensorboard:
-            _warn("there is no TensorBoard here; the graphs are in the UI and in finetuning.jobs.metrics(...)")
+            _warn("there is no TensorBoard here; finetuning.jobs.metrics(...) gives every series")
         request = wire.JobRequest(
             params=config.to_wire(),
             dataset=dataset_name(dataset) if dataset is not None else None,
@@ -238,12 +239,18 @@ class Jobs:
 
 
 def as_config(config: ConfigLike) -> GRPOConfig:
-    """Raises ConfigError for anything that is no GRPO config."""
-    if isinstance(config, GRPOConfig):
-        return config
+    """A base model that is a folder relative to this process or its user is named by its absolute path.
+
+    Raises ConfigError for anything that is no GRPO config.
+    """
     if isinstance(config, Mapping):
-        return GRPOConfig(**config)
-    raise ConfigError(f"config is a GRPOConfig or a dict, not a {type(config).__name__}")
+        config = GRPOConfig(**config)
+    if not isinstance(config, GRPOConfig):
+        raise ConfigError(f"config is a GRPOConfig or a dict, not a {type(config).__name__}")
+    model = config.base_model or ""
+    if model.partition("/")[0] in (".", "..", "~") and (folder := Path(model).expanduser()).is_dir():
+        return config.model_copy(update={"base_model": str(folder.resolve())})
+    return config
 
 
 def _warn(text: str) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from rewardsmith import wire
 from rewardsmith.client.objects import Adapter
 from rewardsmith.client.transport import Transport, segment
-from rewardsmith.errors import RequestError
+from rewardsmith.errors import ConfigError, RequestError
 
 AdapterRef = str | Adapter
 
 
 def as_id(ref: AdapterRef) -> wire.AdapterId:
-    """Raises ConfigError for a text that is no adapter id."""
+    """Raises ConfigError for what is no adapter id."""
+    if not isinstance(ref, str | Adapter):
+        raise ConfigError(f"an adapter is named <repo>/<version>, as in 'math/3', not {ref!r}")
     return wire.AdapterId.parse(ref if isinstance(ref, str) else ref.id)
 
 

@@ -23,7 +23,7 @@ from rewardsmith import wire
 from rewardsmith.client.objects import FinetuningJob
 from rewardsmith.client.stream import Event, Interruption, Step
 
-NAME_WIDTH = 30
+SHORTEST_NAME, LONGEST_NAME, OTHER_COLUMNS_WIDTH = 9, 30, 50
 EVENT_STYLES = {
     "revision": "magenta",
     "checkpoint": "cyan",
@@ -64,7 +64,8 @@ def watch(events: Iterable[Event], job: FinetuningJob, console: Console | None =
             f"  stop it      rewardsmith jobs stop {job.adapter_id}",
             markup=False,
         )
-        raise
+        # Raised anew, so that a script does not bury these lines under the frames of the open connection.
+        raise KeyboardInterrupt from None
     return ended
 
 
@@ -158,7 +159,7 @@ class JobView:
 
     def _show_rows(self, event: Step, names: list[str], means: dict[str, float]) -> None:
         if not self._table_begun:
-            header = _row("step", "total_reward", "total_reward_std", "reward_fn", "reward")
+            header = self._row("step", "total_reward", "total_reward_std", "reward_fn", "reward")
             self._console.print(Text(f"{header}\n{'─' * len(header)}", style="bold"))
             self._table_begun = True
         total, spread = (_number(event.metrics.get(name)) for name in ("total_reward", "total_reward_std"))
@@ -166,8 +167,13 @@ class JobView:
         for position, name in enumerate(names or ["--"]):
             first = (str(event.step), total, spread) if position == 0 else ("", "", "")
             reward = _number(means.get(name))
-            rows.append(("\n" if position else "") + _row(*first, name, reward), style="dim" if position else "")
+            rows.append(("\n" if position else "") + self._row(*first, name, reward), style="dim" if position else "")
         self._console.print(rows)
+
+    def _row(self, step: str, total: str, spread: str, name: str, reward: str) -> str:
+        """Names give way in a narrow terminal, so that every row stays one line."""
+        width = min(max(self._console.width - OTHER_COLUMNS_WIDTH, SHORTEST_NAME), LONGEST_NAME)
+        return f"{step:>5}  {total:>12}  {spread:>16}  {set_cell_size(printable(name), width)}  {reward:>9}"
 
     def _show_line(self, event: Step, names: list[str], means: dict[str, float]) -> None:
         values = [(name, event.metrics.get(name)) for name in ("total_reward", "total_reward_std")]
@@ -282,10 +288,6 @@ def _held_out(metrics: dict[str, float]) -> Iterator[str]:
     for name, value in metrics.items():
         if name.startswith("eval/"):
             yield f"{name.removeprefix('eval/')} {_number(value)}"
-
-
-def _row(step: str, total: str, spread: str, name: str, reward: str) -> str:
-    return f"{step:>5}  {total:>12}  {spread:>16}  {set_cell_size(printable(name), NAME_WIDTH)}  {reward:>9}"
 
 
 def _number(value: float | None) -> str:

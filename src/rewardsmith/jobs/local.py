@@ -146,7 +146,8 @@ class LocalLauncher:
     def stop(self, handle: str, grace_seconds: float) -> None:
         """SIGTERM, and after the grace SIGKILL for all that belongs to the attempt."""
         if process := self._running(handle):
-            process.terminate()
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
             deadline = time.monotonic() + grace_seconds
             while self.alive(handle) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
@@ -163,10 +164,13 @@ class LocalLauncher:
 
     def _running(self, handle: str) -> psutil.Process | None:
         child = self._children.get(handle)
-        if child is not None and child.poll() is not None:
-            return None
-        process = _found(handle)
-        return process if process and process.status() != psutil.STATUS_ZOMBIE else None
+        if child is not None:
+            # Not by its state: one whose threads are still ending is a zombie that has no exit status yet.
+            return _found(handle) if child.poll() is None else None
+        with suppress(psutil.NoSuchProcess):
+            process = _found(handle)
+            return process if process and process.status() != psutil.STATUS_ZOMBIE else None
+        return None
 
     def _kill_session(self, handle: str) -> None:
         """Kills the job process and the members of its session, which outlive it when it was killed itself."""

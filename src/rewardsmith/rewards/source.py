@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 
 MAX_SOURCE_BYTES = 256 * 1024
 PARAMETERS = "(prompt, completion, example)"
+_BATCH_PARAMETERS = {"prompts", "completions"}
 
 # Interactive prompts put names of their own among the builtins; a worker has none of them.
 _BUILTINS = set(dir(builtins)) - {"_", "display", "get_ipython", "__IPYTHON__"}
-# Names that the compiler reads in class bodies, and the one that every namespace has.
-_IMPLICIT = {"__annotations__", "__conditional_annotations__", "__builtins__"}
+# Names that the compiler reads in class bodies, and those that every namespace has, the worker's too.
+_IMPLICIT = {"__annotations__", "__conditional_annotations__", "__builtins__", "__name__"}
 _MISSING = object()
 _STRING_TOKENS = {"STRING", "FSTRING_MIDDLE", "TSTRING_MIDDLE"}
 
@@ -221,10 +222,14 @@ def _problems_of_place(tree: ast.Module, function: ast.FunctionDef | ast.AsyncFu
 
 def _problems_of_signature(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[Problem]:
     given = function.args
-    positional = [*given.posonlyargs, *given.args]
-    if len(positional) != 3 or given.vararg or given.kwonlyargs or given.kwarg:
-        message = f"`{function.name}({ast.unparse(given)})` does not have exactly three parameters"
-        yield Problem(function.lineno, message, f"write `def {function.name}{PARAMETERS}`")
+    names = [argument.arg for argument in (*given.posonlyargs, *given.args)]
+    shown, fix = f"`{function.name}({ast.unparse(given)})`", f"write `def {function.name}{PARAMETERS}`"
+    if _BATCH_PARAMETERS & {*names, *(argument.arg for argument in given.kwonlyargs)}:
+        yield Problem(function.lineno, f"{shown} takes whole batches, but one call scores one completion", fix)
+    elif len(names) != 3 or given.vararg or given.kwonlyargs or given.kwarg:
+        yield Problem(function.lineno, f"{shown} does not have exactly three parameters", fix)
+    elif f"({', '.join(names)})" != PARAMETERS and set(names) == {"prompt", "completion", "example"}:
+        yield Problem(function.lineno, f"{shown} has its parameters in another order than they are given", fix)
 
 
 def _problems_of_kind(function: ast.FunctionDef | ast.AsyncFunctionDef, code: CodeType) -> Iterator[Problem]:
