@@ -190,7 +190,7 @@ def _show(rs: Rewardsmith, job: FinetuningJob, figures: dict[str, Any]) -> None:
         table.add_row(label, *(f"{evaluation[name]:.1%}" for name in figures["curves"]))
     console.print(table)
 
-    console.print("\n  Three of the held-out problems where the adapter gained most, with the answers as they were sampled:")
+    console.print("\n  Three held-out problems that only the adapter solved, with the answers as they were sampled")
     for before, after in _pairs(rs, job, figures["after"]["step"]):
         console.print(f"\n  {_problem(before.prompt)}")
         table = Table(expand=True)
