@@ -85,7 +85,7 @@ def test_an_accepted_revision_is_taken_up_when_a_later_one_is_refused(model: Pat
 def test_a_resumed_job_keeps_its_revision_while_the_server_is_silent(model: Path, folder: Path):
     """Without an answer there is no control; the first revision, which a Control has by default, is not one."""
     job = spec(folder, model, config(train_steps=2), first=revision(2, length=LENGTH), fence=2)
-    with ScriptedServer(job, {1: revision(letter_a=LETTER_A)}) as server:
+    with ScriptedServer(job, {1: revision(letter_a=LETTER_A), 2: job.revision}) as server:
         answer = server._answer
         unheard = deque(["the first heartbeat", "the base's report", "and again after step 1"])
 
