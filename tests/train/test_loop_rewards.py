@@ -1,4 +1,4 @@
-"""Reward functions in whole job attempts: a new revision, one that fails, values that are none.."""
+"""Reward functions in whole job attempts: a new revision, one that fails, values that are none."""
 
 import threading
 from collections import deque
@@ -218,3 +218,12 @@ def test_excluded_completions_have_no_total_and_no_advantage(model: Path, folder
     assert excluded and len(excluded) < len(train)
     assert all((row["total_reward"], row["advantage"]) == (None, 0) for row in excluded)
     assert all(row["total_reward"] is not None for row in train if "a" in row["completion"])
+
+
+def test_a_run_that_cannot_learn_says_so_once(model: Path, folder: Path):
+    same = revision(1, same="def same(prompt, completion, example):\n    return 1.0\n")
+    with ScriptedServer(spec(folder, model, config(train_steps=13), first=same)) as server:
+        assert run(server) == 0
+    said = [b for b in server.bodies("event") if "nothing was learned" in b["message"]]
+    assert [(b["kind"], b["step"]) for b in said] == [("warning", 10)]
+    assert series(server, "group/frac_zero_signal")[13] == 1.0

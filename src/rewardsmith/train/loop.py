@@ -22,9 +22,10 @@ from rewardsmith.rewards.pool import RewardPool
 from rewardsmith.train import checkpoint
 from rewardsmith.train.batch import Example
 from rewardsmith.train.evaluate import BETTER_BY, PATIENCE, evaluate, exhausted, note_evaluation
+from rewardsmith.train.grpo import zero_signal
 from rewardsmith.train.lora import deliver
 from rewardsmith.train.metrics import Clock, Mismatch, step_metrics
-from rewardsmith.train.samples import Sample, examples, generate, score, with_advantages
+from rewardsmith.train.samples import Sample, examples, generate, score, totals_of, with_advantages
 from rewardsmith.train.segments import Moment, write_segments
 from rewardsmith.train.setup import Run
 from rewardsmith.train.update import Update, policy_logps, update
@@ -34,6 +35,7 @@ log = logging.getLogger("rewardsmith.train")
 
 Ending = Literal["completed", "stopped", "yielded"]
 
+SILENT_STEPS = 10  # without any signal in any group, after which the job says so
 PROBES = 4  # completions of each step whose log-probs the trainer computes again
 # Mean difference of log-probs per token at which the engine must be running something else: ten times and more above
 # what the two paths differ by in rounding.
@@ -73,6 +75,7 @@ def train(run: Run) -> Ending:
             if due:
                 save(run, evaluation.reward)
             pause_on_errors(run, groups)
+            warn_without_signal(run, groups)
         ending = obey(run)
     return ending
 
@@ -161,6 +164,17 @@ def pause_on_errors(run: Run, groups: Sequence[Sequence[Sample]]) -> None:
     if reason := run.guard.observe(sample.scores for group in groups for sample in group):
         # The server has to know of the pause before this job can wait for its end.
         run.journal.event("paused", reason, step=run.progress.step, wait=True)
+
+
+def warn_without_signal(run: Run, groups: Sequence[Sequence[Sample]]) -> None:
+    """Says it, once each time, when whole steps running had nothing to learn from."""
+    run.silent_steps = run.silent_steps + 1 if bool(zero_signal(totals_of(groups)).all()) else 0
+    if run.silent_steps == min(SILENT_STEPS, run.total_steps):
+        message = (
+            f"nothing was learned in {run.silent_steps} steps running: the completions of each prompt all score the "
+            "same. Look at the scores, at the sampling temperature and at how hard the prompts are"
+        )
+        run.journal.event("warning", message, step=run.progress.step)
 
 
 def save(run: Run, reward: float | None = None) -> None:

@@ -58,6 +58,7 @@ class Run:
     yielding: Callable[[], bool]
     refused: set[int] = field(default_factory=set)
     guard: ErrorGuard = field(default_factory=ErrorGuard)
+    silent_steps: int = 0  # steps running in which no group had any signal
 
 
 @contextmanager
