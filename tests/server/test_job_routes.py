@@ -50,6 +50,18 @@ def test_what_the_stock_sdk_asks_in_passing_is_answered(api: Running):
     assert api.http.get(f"{JOBS}/{api.queued_job()}/tensorboard_logs").json() == {"files": [], "more": False}
 
 
+@pytest.mark.parametrize("path", ["completions", "reward-logs"])
+def test_a_filter_that_can_find_nothing_is_refused(api: Running, path: str):
+    job = f"{JOBS}/{api.queued_job()}"
+    (function,) = api.http.get(job).json()["params"]["rewardFns"]["functions"]
+    url = f"{job}/{path}"
+    assert api.http.get(url, params={"function": function, "outcome": "timeout"}).status_code == 200
+    answer = api.http.get(url, params={"function": "lenght"})
+    assert answer.status_code == 400
+    assert f"no reward function 'lenght'; it has {function}" in answer.json()["error"]
+    assert api.http.get(url, params={"outcome": "nope"}).status_code in (400, 422)
+
+
 def test_a_job_without_completions_has_an_empty_page(api: Running):
     uuid = api.queued_job()
     for path in ("completions", "reward-logs"):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Header, Query, Request, Response
+from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.websockets import WebSocket
 
 from rewardsmith import wire
-from rewardsmith.errors import Conflict, NotFound
+from rewardsmith.errors import ConfigError, Conflict, NotFound
 from rewardsmith.jobs.local import log_file, tail
+from rewardsmith.rewards.outcomes import Outcome
 from rewardsmith.server import events, submission
 from rewardsmith.server.auth import Caller
 from rewardsmith.server.boundary import refusal
@@ -23,6 +24,18 @@ Count = Annotated[int, Query(ge=0, lt=2**31)]
 Limit = Annotated[int, Query(ge=1, le=500)]
 Key = Annotated[str | None, Header(alias="Idempotency-Key", min_length=1, max_length=200)]
 UserAgent = Annotated[str, Header(alias="User-Agent")]
+
+
+def _function_of_job(uuid: str, store: StoreOf, function: str | None = None) -> str | None:
+    """The filter by reward function. A name the job never had would look like an empty result: ConfigError."""
+    if function is not None:
+        known = {f.name: None for revision in store.runs.revisions(uuid) for f in revision.functions}
+        if function not in known:
+            raise ConfigError(f"the job has no reward function {function!r}; it has {', '.join(known)}")
+    return function
+
+
+FunctionOfJob = Annotated[str | None, Depends(_function_of_job)]
 
 
 @router.post("")
@@ -148,11 +161,11 @@ def list_completions(
     uuid: str,
     caller: Caller,
     store: StoreOf,
+    function: FunctionOfJob,
     step: Count | None = None,
     phase: Literal["train", "eval"] | None = None,
     row: Count | None = None,
-    function: str | None = None,
-    outcome: str | None = None,
+    outcome: Outcome | None = None,
     min_score: float | None = None,
     max_score: float | None = None,
     text: str | None = None,
@@ -182,10 +195,10 @@ def list_reward_logs(
     uuid: str,
     caller: Caller,
     store: StoreOf,
-    function: str | None = None,
+    function: FunctionOfJob,
     revision: Count | None = None,
     step: Count | None = None,
-    outcome: str | None = None,
+    outcome: Outcome | None = None,
     text: str | None = None,
     order: Literal["newest", "oldest"] = "newest",
     after: str | None = None,
