@@ -80,9 +80,9 @@ def test_an_upload_goes_to_the_presigned_url_without_the_token(server: ScriptedS
 def test_a_refused_file_is_a_dataset_error_with_the_reasons(server: ScriptedServer, rs: Rewardsmith, tmp_path: Path):
     server.on("POST /v2/datasets/upload", {"presignedUrl": f"{server.url}/put/x", "uploadToken": "x"})
     server.on("PUT /put/x", Answer(200, b""))
-    server.on("PUT /v2/datasets/upload", Answer(400, {"error": "row 3: prompt is empty"}))
+    server.on("PUT /v2/datasets/upload", Answer(400, {"error": "rows.jsonl was refused: row 3: prompt is empty"}))
     (tmp_path / "rows.jsonl").write_text("{}")
-    with pytest.raises(DatasetError, match=r"rows\.jsonl: row 3: prompt is empty"):
+    with pytest.raises(DatasetError, match=r"^rows\.jsonl was refused: row 3: prompt is empty$"):
         rs.datasets.from_file(tmp_path / "rows.jsonl")
     assert isinstance(DatasetError("x"), ValueError), "contract 1.3"
     with pytest.raises(DatasetError, match="there is no file"):

@@ -64,7 +64,7 @@ def test_a_dataset_comes_back_as_it_was(rs: Rewardsmith, tmp_path: Path):
 
 def test_a_bad_file_is_refused_with_its_rows(rs: Rewardsmith, tmp_path: Path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"question": "b"}\n{"prompt": ""}\n')
-    with pytest.raises(DatasetError, match=r"(?s)2.*3"):
+    with pytest.raises(DatasetError, match=r"(?s)\Abad\.jsonl was refused.*2.*3(?!.*HTTP)"):
         rs.datasets.from_file(tmp_path / "bad.jsonl")
     with pytest.raises(RequestError, match="HTTP 404"):
         rs.datasets.get("bad")

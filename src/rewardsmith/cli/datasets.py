@@ -23,7 +23,8 @@ def upload(
 ) -> None:
     """Check and store a file of rows with a `prompt` column."""
     dataset = connect().datasets.from_file(file, name=name)
-    print(f"Uploaded dataset {dataset.name}: {dataset.rows} rows, columns {', '.join(dataset.columns)}")
+    rows = "1 row" if dataset.rows == 1 else f"{dataset.rows} rows"
+    print(f"Uploaded dataset {dataset.name}: {rows}, columns {', '.join(dataset.columns)}")
     if dataset.prompt_lengths:
         print(f"Prompts: {lengths(dataset)}")
 

@@ -60,7 +60,8 @@ class Datasets:
             )
         except RequestError as error:
             if error.code in (400, 413, 422):
-                raise DatasetError(f"{path.name}: {error.message}") from None
+                # The sentence names the file and its rows; the status would read like one of the columns.
+                raise DatasetError(error.message.removesuffix(f" (HTTP {error.code})")) from None
             raise
         return self._connected(dataset)
 
