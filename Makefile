@@ -4,12 +4,13 @@
 #   make test            check, then every test this machine can run
 #   make check           format, lint, types, layering
 #   make format          apply the formatter and the safe lint fixes
+#   make bench           the short set of benchmarks against TRL, on a machine with nothing else to do; tables, and JSON in build/bench
 
 BIN := .venv/bin
 # Two spinning OpenMP threads on a busy machine are many times slower than two that sleep while they wait.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test check format install clean
+.PHONY: demo test check format bench install clean
 
 install:
 	@scripts/install
@@ -29,6 +30,15 @@ test: check
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+BENCHMARKS := roofline vs_trl rollout update time_to_reward scaling
+
+bench: install
+	@mkdir -p build/bench
+	@for name in $(BENCHMARKS); do \
+		echo "== $$name"; \
+		$(BIN)/python bench/$$name.py --short --json build/bench/$$name.json 2>/dev/null || exit 1; \
+	done
 
 clean:
 	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache

@@ -183,6 +183,23 @@ REFUSED: list[tuple[type[BaseModel], dict[str, Any], str]] = [
     (GRPOConfig, {"lr_scheduler": {"type": "cosin"}}, "SchedulerConfig.type"),
     (GRPOConfig, {"optimizer": {"type": "sgd"}}, "OptimizerConfig.type"),
     (SamplingParamsConfig, {"top_p": 0}, "top_p"),
+    (SamplingParamsConfig, {"min_p": 1.5}, "SamplingParamsConfig.min_p"),
+    (SamplingParamsConfig, {"stop": [""]}, "SamplingParamsConfig.stop.0"),
+    (SamplingParamsConfig, {"stop": "END"}, "SamplingParamsConfig.stop"),
+    (SamplingParamsConfig, {"stop": ["x"] * 17}, "SamplingParamsConfig.stop.*at most 16"),
+    (GRPOConfig, {"num_iterations": 4}, "did you mean 'updates_per_batch'"),
+    (GRPOConfig, {"loss_type": "dapo"}, "did you mean 'loss'"),
+    (GRPOConfig, {"epsilon_high": 0.3}, "did you mean 'clip_high'"),
+    (GRPOConfig, {"delta": 4}, "did you mean 'dual_clip'"),
+    (GRPOConfig, {"updates_per_batch": 0}, "GRPOConfig.updates_per_batch"),
+    (GRPOConfig, {"updates_per_batch": 17}, "GRPOConfig.updates_per_batch"),
+    (GRPOConfig, {"clip_low": 1}, "GRPOConfig.clip_low"),
+    (GRPOConfig, {"dual_clip": 1}, "GRPOConfig.dual_clip"),
+    (GRPOConfig, {"loss": "ppo"}, "GRPOConfig.loss"),
+    (GRPOConfig, {"advantage": "opo"}, "GRPOConfig.advantage"),
+    (GRPOConfig, {"sampler_correction": {"high": 0.9}}, "SamplerCorrectionConfig.high"),
+    (GRPOConfig, {"sampler_correction": {"low": 1.1}}, "SamplerCorrectionConfig.low"),
+    (GRPOConfig, {"sampler_correction": {"clip": 2}}, "SamplerCorrectionConfig has no field 'clip'"),
     (SamplingParamsConfig, {"max_tokens": 0}, "max_tokens"),
     (RewardFunction, {"encoded_fn": "", "weight": float("nan")}, "RewardFunction.weight"),
     (RewardFunction, {"encoded_fn": "", "on_error": "ignore"}, "RewardFunction.on_error"),
@@ -199,6 +216,81 @@ REFUSED: list[tuple[type[BaseModel], dict[str, Any], str]] = [
 def test_refusals_name_the_field_and_the_fix(config: Callable[..., Any], fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         config(**fields)
+
+
+CONFLICTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
+    ({"loss": "sapo", "clip_low": 0.1}, "clip_low=0.1 cannot act with loss='sapo'", {"loss": "dapo"}),
+    ({"loss": "sapo", "clip_high": 0.1}, "clip_high=0.1 cannot act with loss='sapo'", {"loss": "cispo"}),
+    ({"loss": "cispo", "dual_clip": 3, "updates_per_batch": 2}, "dual_clip=3.0 cannot act with loss", {"loss": "gspo"}),
+    ({"dual_clip": 3, "updates_per_batch": 1}, "dual_clip=3.0 bounds a ratio that is 1", {"updates_per_batch": 2}),
+    (
+        {"loss": "grpo", "dual_clip": 1.3, "clip_high": 0.3, "updates_per_batch": 2},
+        "dual_clip=1.3 has to be above 1 . clip_high = 1.3",
+        {"clip_high": 0.2},
+    ),
+    ({"kl_in": "reward", "beta": 0}, "kl_in='reward' cannot act with beta=0: set beta above 0", {"beta": 0.01}),
+    ({"kl_in": "reward", "kl_estimator": "k3"}, "kl_estimator='k3' cannot act with kl_in", {"kl_estimator": "k1"}),
+    (
+        {"loss": "gspo", "sampler_correction": {"level": "token"}},
+        "loss='gspo' has one ratio per completion: set sampler_correction.level='sequence'",
+        {"sampler_correction": {"level": "sequence"}},
+    ),
+    (
+        {"overlong": "filter", "overlong_buffer": 8},
+        "overlong_buffer=8 cannot act with overlong='filter'",
+        {"overlong": "punish"},
+    ),
+    (
+        {"overlong": "punish", "overlong_buffer": 65, "sampling_params": {"max_tokens": 64}},
+        "overlong_buffer=65 is more than sampling_params.max_tokens=64",
+        {"overlong_buffer": 64},
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "says", "fix"), CONFLICTS, ids=[str(fields) for fields, _, _ in CONFLICTS])
+def test_settings_that_make_no_sense_together_are_refused(
+    fields: dict[str, Any], says: str, fix: dict[str, Any]
+) -> None:
+    for base in ({}, {"base_model": "m"}):
+        with pytest.raises(ConfigError, match=f"^GRPOConfig.{says}"):
+            GRPOConfig(**base, **fields)
+        assert GRPOConfig(**base, **fields | fix).to_wire()
+    # Stored with every default filled in, what was accepted still is.
+    stored = GRPOConfig(base_model="m", **fields | fix).model_dump(mode="json", by_alias=True)
+    assert GRPOConfig(**stored).model_dump() == GRPOConfig(base_model="m", **fields | fix).model_dump()
+
+
+def test_what_one_field_needs_may_be_inherited() -> None:
+    parent = GRPOConfig(base_model="m", updates_per_batch=4, overlong="punish")
+    child = parent.continued_by(GRPOConfig(dual_clip=3, overlong_buffer=2000, sampling_params={"max_tokens": 4000}))
+    assert (child.dual_clip, child.overlong_buffer, child.updates_per_batch) == (3, 2000, 4)
+    with pytest.raises(ConfigError, match="bounds a ratio that is 1 with updates_per_batch=1"):
+        GRPOConfig(base_model="m").continued_by(GRPOConfig(dual_clip=3))
+    with pytest.raises(ConfigError, match="bounds a ratio that is 1 with updates_per_batch=1"):
+        GRPOConfig(base_model="m", dual_clip=3)
+
+
+def test_settings_of_one_loss_are_not_inherited_by_another() -> None:
+    parent = GRPOConfig(
+        base_model="m", loss="grpo", clip_low=0.1, clip_high=0.3, dual_clip=3, updates_per_batch=4, overlong="punish",
+        overlong_buffer=9,
+    )  # fmt: skip
+    same = parent.continued_by(GRPOConfig(loss="grpo", learning_rate=1e-4, updates_per_batch=2))
+    assert (same.clip_low, same.clip_high, same.dual_clip, same.overlong_buffer) == (0.1, 0.3, 3, 9)
+    other = parent.continued_by(GRPOConfig(loss="sapo", overlong="keep"))
+    assert (other.clip_low, other.clip_high, other.dual_clip, other.overlong_buffer) == (None, None, None, None)
+    assert parent.continued_by(GRPOConfig(loss="dapo", clip_high=0.4)).clip_bounds == (0.2, 0.4)
+    assert parent.continued_by(GRPOConfig(updates_per_batch=1)).dual_clip is None
+
+
+def test_bounds_and_buffer_are_the_published_ones_until_they_are_set() -> None:
+    assert GRPOConfig().clip_bounds == (0.2, 0.28)
+    assert GRPOConfig(loss="gspo").clip_bounds == (3e-4, 4e-4)
+    assert GRPOConfig(loss="gspo", clip_low=0.01).clip_bounds == (0.01, 4e-4)
+    assert GRPOConfig(overlong="punish", sampling_params={"max_tokens": 20_480}).overlong_tokens == 4096
+    assert GRPOConfig(overlong="punish", overlong_buffer=7).overlong_tokens == 7
+    assert GRPOConfig(sampling_params={"max_tokens": 3}).overlong_tokens == 1
 
 
 def test_a_field_set_later_is_checked_as_well() -> None:

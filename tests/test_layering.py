@@ -15,6 +15,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "": ({"client", "config", "errors"}, set()),
     "home": (set(), set()),
     "errors": (set(), set()),
+    "quantities": (set(), set()),
     "section": ({"errors"}, {"pydantic"}),
     "config": ({"errors", "section", "rewards.source"}, {"pydantic"}),
     "catalog": ({"errors"}, set()),
@@ -23,7 +24,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "rewards.worker": (set(), set()),
     "rewards": ({"errors", "config", "wire", "rewards"}, set()),
     "client": (
-        {"errors", "config", "home", "catalog", "wire", "rewards.source", "client"},
+        {"errors", "config", "home", "catalog", "wire", "quantities", "rewards.source", "client"},
         {"httpx", "rich", "pydantic"},
     ),
     "store": (
@@ -32,7 +33,7 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     ),
     "rollout": ({"errors", "config", "catalog", "rollout"}, {"torch", "transformers", "peft"}),
     "train": (
-        {"errors", "config", "wire", "rollout", "rewards", "train"},
+        {"errors", "config", "wire", "quantities", "rollout", "rewards", "train"},
         {"torch", "transformers", "peft", "safetensors", "numpy", "pyarrow", "obstore", "httpx"},
     ),
     "jobs": ({"errors", "config", "wire", "store", "jobs"}, {"psutil", "httpx"}),

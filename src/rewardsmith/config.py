@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,15 +20,30 @@ from rewardsmith.section import Section
 
 DEFAULT_TRAIN_STEPS = 1000
 RESERVED_REWARD_NAMES = {"total_reward", "total_reward_std"}
+INFINITE = float("inf")
+# How far below and above 1 the ratio of new to old policy may act by default (docs/losses.md).
+CLIP_BOUNDS = dict.fromkeys(("grpo", "bnpo", "dr_grpo"), (0.2, 0.2)) | {
+    "dapo": (0.2, 0.28),
+    "gspo": (3e-4, 4e-4),
+    "cispo": (INFINITE, 4.0),
+    "sapo": (INFINITE, INFINITE),
+}
+# What was chosen for a value of another field and is not inherited with a new one.
+CHOSEN_FOR = {"loss": {"clip_low", "clip_high", "dual_clip"}, "overlong": {"overlong_buffer"}}
 
 
 class SamplingParamsConfig(Section):
-    """How completions are sampled. `max_tokens` counts new tokens; `top_k` 0 and `top_p` 1.0 switch the cut off."""
+    """How completions are sampled. `max_tokens` counts new tokens; `top_k` 0, `top_p` 1.0 and `min_p` 0.0 cut nothing.
+
+    `min_p` leaves out tokens less likely than this share of the likeliest; a completion ends before a text in `stop`.
+    """
 
     temperature: float = Field(default=1.0, gt=0, le=10)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0, le=10_000_000)
     max_tokens: int = Field(default=1024, ge=1, le=10_000_000)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
 
 
 class RewardFunction(Section):
@@ -204,11 +219,28 @@ def _without_params_level(fields: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in fields.items() if name != "params"}, **params}
 
 
+class SamplerCorrectionConfig(Section):
+    """What tokens weigh that the sampler draws with other probabilities than the trainer's: the ratio of the two, at
+    most `high` and at least `low` ("truncate"), or 0 outside of them ("mask"). Without a `mode` the job decides by the
+    precision it runs in. `level` is by default the token, with loss gspo the sequence; `low` is 0.5 for a mask, else 0.
+    """
+
+    mode: Literal["none", "truncate", "mask"] | None = None
+    level: Literal["token", "sequence"] | None = None
+    low: float | None = Field(default=None, ge=0, le=1)
+    high: float = Field(default=2.0, ge=1)
+
+    @property
+    def lowest(self) -> float:
+        return self.low if self.low is not None else 0.5 if self.mode == "mask" else 0.0
+
+
 class GRPOConfig(Section):
-    """One GRPO run. Lengths are tokens, batch sizes are completions, steps are optimizer steps.
+    """One GRPO run. Lengths are tokens, batch sizes are completions; a step learns from one batch.
 
     Without `train_steps` and `epochs` a run has 1000 steps; with both, `train_steps` wins. `effective_batch_size`
-    counts completions: a step takes `effective_batch_size / num_generations` prompts.
+    counts completions: a step takes `effective_batch_size / num_generations` prompts. The fields of the loss are
+    explained in docs/losses.md.
     """
 
     _MEANT: ClassVar[dict[str, str]] = {
@@ -218,6 +250,11 @@ class GRPOConfig(Section):
         "gradient_accumulation_steps": "effective_batch_size",
         "per_device_train_batch_size": "effective_batch_size",
         "max_completion_length": "sampling_params.max_tokens",
+        "num_iterations": "updates_per_batch",
+        "loss_type": "loss",
+        "epsilon": "clip_low",
+        "epsilon_high": "clip_high",
+        "delta": "dual_clip",
         "weight": "RewardFunction.weight",
     }
 
@@ -245,10 +282,19 @@ class GRPOConfig(Section):
     secrets: dict[str, str] = Field(default_factory=dict)
 
     # Our own.
-    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "dapo"
-    advantage: Literal["group_std", "group_mean", "batch_std"] = "group_std"
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    clip_high: float = Field(default=0.2, gt=0)
+    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = "dapo"
+    advantage: Literal["group_std", "group_mean", "batch_std", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = (
+        "group_std"
+    )
+    updates_per_batch: int = Field(default=1, ge=1, le=16)
+    clip_low: float | None = Field(default=None, gt=0, lt=1)
+    clip_high: float | None = Field(default=None, gt=0)
+    dual_clip: float | None = Field(default=None, gt=1)
+    kl_in: Literal["loss", "reward"] = "loss"
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    sampler_correction: SamplerCorrectionConfig = Field(default_factory=SamplerCorrectionConfig)
+    overlong: Literal["keep", "filter", "punish"] = "keep"
+    overlong_buffer: int | None = Field(default=None, ge=1, le=10_000_000)
     max_grad_norm: float = Field(default=1.0, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**63)
     eval_fraction: float = Field(default=0.0, ge=0, le=0.5)
@@ -273,19 +319,56 @@ class GRPOConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _whole_groups(self) -> Self:
-        batch, group = self.effective_batch_size, self.num_generations
-        # Without a base model it continues another run, which may have set the one that is not set here.
-        inherits = self.base_model is None and not {"effective_batch_size", "num_generations"} <= self.model_fields_set
-        if batch % group and not inherits:
-            lower, upper = batch // group * group, (batch // group + 1) * group
-            valid = f"{lower} or {upper}" if lower else f"{upper}"
-            default = "" if "effective_batch_size" in self.model_fields_set else " (the default)"
-            raise ValueError(
-                f"GRPOConfig.effective_batch_size={batch}{default} is not a multiple of num_generations={group}: "
-                f"a step takes whole groups. Nearest valid: effective_batch_size={valid}"
-            )
+    def _fit_together(self) -> Self:
+        for name, other, problem in self._conflicts():
+            # Without a base model it continues another run, which may have set the one that is not set here.
+            if self.base_model is not None or {name, other} <= self.model_fields_set:
+                default = "" if name in self.model_fields_set else " (the default)"
+                raise ValueError(f"GRPOConfig.{name}={getattr(self, name)!r}{default} {problem}")
         return self
+
+    def _conflicts(self) -> Iterator[tuple[str, str, str]]:
+        """Two fields whose values make no sense together, and what to do about it."""
+        batch, group = self.effective_batch_size, self.num_generations
+        if batch % group:
+            lower, upper = batch // group * group, (batch // group + 1) * group
+            fix = "a step takes whole groups. Nearest valid: effective_batch_size=" + f"{lower} or " * bool(lower)
+            yield (
+                "effective_batch_size",
+                "num_generations",
+                f"is not a multiple of num_generations={group}: {fix}{upper}",
+            )
+        loss, longest, highest = self.loss, self.sampling_params.max_tokens, 1 + self.clip_bounds[1]
+        for name in ("clip_low", "clip_high"):
+            if loss == "sapo" and getattr(self, name) is not None:
+                yield name, "loss", "cannot act with loss='sapo', which has a gate instead of a clip: leave it out"
+        if self.dual_clip is not None and loss in ("cispo", "sapo"):
+            yield "dual_clip", "loss", f"cannot act with loss={loss!r}, which has no clipped surrogate: leave it out"
+        elif self.dual_clip is not None and self.dual_clip <= highest:
+            yield "dual_clip", "clip_high", f"has to be above 1 + clip_high = {highest:g}; 3 is the published value"
+        if self.dual_clip is not None and self.updates_per_batch == 1:
+            yield "dual_clip", "updates_per_batch", "bounds a ratio that is 1 with updates_per_batch=1: leave it out"
+        if self.kl_in == "reward" and self.beta == 0:
+            yield "kl_in", "beta", "cannot act with beta=0: set beta above 0, or kl_in='loss'"
+        if self.kl_in == "reward" and self.kl_estimator not in (None, "k1"):
+            yield "kl_estimator", "kl_in", "cannot act with kl_in='reward': there it is 'k1'"
+        if loss == "gspo" and self.sampler_correction.level == "token":
+            yield "loss", "sampler_correction", "has one ratio per completion: set sampler_correction.level='sequence'"
+        if self.overlong_buffer is not None and self.overlong != "punish":
+            yield "overlong_buffer", "overlong", f"cannot act with overlong={self.overlong!r}: set overlong='punish'"
+        if (self.overlong_buffer or 0) > longest:
+            yield "overlong_buffer", "sampling_params", f"is more than sampling_params.max_tokens={longest}"
+
+    @property
+    def clip_bounds(self) -> tuple[float, float]:
+        """How far below and above 1 the ratio may act; infinite where there is no bound."""
+        low, high = CLIP_BOUNDS[self.loss]
+        return (low if self.clip_low is None else self.clip_low, high if self.clip_high is None else self.clip_high)
+
+    @property
+    def overlong_tokens(self) -> int:
+        """The last tokens of `max_tokens` over which the punishment grows: a fifth of them, as in DAPO."""
+        return self.overlong_buffer or max(1, self.sampling_params.max_tokens // 5)
 
     @property
     def prompts_per_step(self) -> int:
@@ -300,10 +383,16 @@ class GRPOConfig(Section):
         return DEFAULT_TRAIN_STEPS
 
     def continued_by(self, child: GRPOConfig) -> GRPOConfig:
-        """These settings with what `child` sets on top (contract 2.2); a set of reward functions is replaced whole."""
+        """These settings with what `child` sets on top (contract 2.2); a set of reward functions is replaced whole.
+
+        A setting that was chosen for a value which `child` changes is not inherited: bounds of another loss, say.
+        """
         inherited, changes = self.to_wire(), child.to_wire()
-        if {"train_steps", "epochs"} & changes.keys():
-            inherited = {name: value for name, value in inherited.items() if name not in ("train_steps", "epochs")}
+        left = {"train_steps", "epochs"} if {"train_steps", "epochs"} & changes.keys() else set()
+        left |= {"dual_clip"} if changes.get("updates_per_batch") == 1 else set()
+        for name in CHOSEN_FOR.keys() & changes.keys():
+            left |= CHOSEN_FOR[name] if changes[name] != getattr(self, name) else set()
+        inherited = {name: value for name, value in inherited.items() if name not in left}
         for name, value in changes.items():
             whole = name == "rewardFns" or not isinstance(value, dict)
             inherited[name] = value if whole else {**inherited.get(name, {}), **value}

@@ -167,24 +167,30 @@ def test_interrupting_says_that_the_job_goes_on_and_how_to_come_back():
     assert "in interrupted" not in shown, "what it was waiting in would bury those lines"
 
 
-def test_the_last_line_tells_progress_and_the_time_left():
+def forecast_step(number: int, seconds_left: float | None) -> Step:
+    left = {} if seconds_left is None else {"forecast/seconds_left": seconds_left}
+    return Step(step=number, epoch=0, metrics={"total_reward": number, "seconds/generate": 20, **left})
+
+
+def test_the_last_line_tells_progress_and_the_time_left_and_fits_a_terminal():
     out = io.StringIO()
-    console = Console(file=out, width=100)
-    picture = view.JobView(FinetuningJob.of(a_job("training", totalSteps=10)), console)
-    for number in (1, 2, 3, 4):
-        picture.show(
-            Step(step=number, epoch=0, metrics={"total_reward": number, "seconds/generate": 20, "seconds/update": 10})
-        )
+    console = Console(file=out, width=80)
+    picture = view.JobView(FinetuningJob.of(a_job("training", totalSteps=1000)), console)
+    picture.show(forecast_step(1, None))
     console.print(picture._footer())
-    assert "4/10  about 3 min left" in out.getvalue()
-    assert "▁▃▆█" in out.getvalue()
+    assert "1/1000" in out.getvalue() and "left" not in out.getvalue(), "the job has no forecast yet"
+    for number in range(2, 40):
+        picture.show(forecast_step(number, 9000 - 60 * number))
+    out.truncate(0)
+    console.print(picture._footer())
+    (line,) = out.getvalue().strip("\0\n").splitlines()
+    assert "39/1000  1 h 51 min left" in line
+    assert line.rstrip().endswith("█") and "…" not in line, "the newest steps are those that stay"
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0 s"), (89, "89 s"), (91, "2 min"), (3590, "1 h 0 min"), (9000, "2 h 30 min")]
-)
-def test_durations_are_said_like_people_say_them(seconds: float, text: str):
-    assert view.duration(seconds) == text
+def test_a_log_file_tells_the_time_left_at_the_end_of_each_line():
+    lines = drawn(a_job("training", totalSteps=4), forecast_step(1, None), forecast_step(2, 130), forecast_step(4, 0))
+    assert [line.partition("alpha --")[2] for line in lines[1:]] == ["", "  2 min left", ""]
 
 
 def test_a_flat_or_empty_curve_is_drawn():

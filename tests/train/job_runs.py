@@ -14,6 +14,7 @@ from scripted_server import TOKEN, ScriptedServer
 
 from rewardsmith.config import GRPOConfig
 from rewardsmith.jobs.entry import run_job
+from rewardsmith.train.ranks import Ranks
 from rewardsmith.wire import JobSpec, ResumePoint, Revision, RevisionFunction
 
 UUID = "0b7c7f0e-1111-4222-8333-444455556666"
@@ -94,11 +95,12 @@ def spec(
     )
 
 
-def run(server: ScriptedServer, asked_to_yield: threading.Event | None = None) -> int:
+def run(server: ScriptedServer, asked_to_yield: threading.Event | None = None, workers: int = 0) -> int:
     """The exit status of the attempt that the server's spec describes."""
     assert server.spec is not None
     ticket = {"url": server.url, "uuid": UUID, "fence": server.spec.fence, "token": TOKEN}
-    return run_job(ticket, asked_to_yield or threading.Event())
+    with Ranks(workers) as ranks:
+        return run_job(ticket, asked_to_yield or threading.Event(), ranks)
 
 
 def series(server: ScriptedServer, name: str) -> dict[int, float]:

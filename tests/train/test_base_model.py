@@ -68,7 +68,7 @@ def test_a_real_small_llama_loads_and_speaks():
     from peft import LoraConfig, get_peft_model
 
     from rewardsmith.config import SamplingParamsConfig
-    from rewardsmith.rollout.engine import PlainEngine
+    from rewardsmith.rollout.plain import PlainEngine
     from rewardsmith.rollout.prompts import make_prompts
 
     model, words = load_base(str(SHARED_MODEL))
@@ -77,7 +77,7 @@ def test_a_real_small_llama_loads_and_speaks():
     )
     assert prompt.ids[0] == words.bos_token_id and words.eos_token_id not in prompt.ids[1:]
     engine = PlainEngine(get_peft_model(model, LoraConfig(target_modules="all-linear"), adapter_name="rollout"), words)
-    (group,) = engine.generate([prompt.ids], 4, SamplingParamsConfig(max_tokens=60, temperature=0.3), [1, 2, 3, 4])
+    ((_, group),) = engine.generate([prompt.ids], 4, SamplingParamsConfig(max_tokens=60, temperature=0.3), [1, 2, 3, 4])
     for completion in group:
         assert completion.text[:1] in " ,." and "the" in completion.text
         assert sum(completion.logps) / len(completion.logps) > -2

@@ -1,12 +1,15 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from rewardsmith.rewards.outcomes import LARGEST_TOTAL
-from rewardsmith.train.grpo import advantages, k3, policy_losses, weights, zero_signal
+from rewardsmith.train.grpo import Advantage, advantages, soft_punishment, weights, zero_signal
 
 NAN = math.nan
+KINDS = get_args(Advantage)
+BY_GROUP = [kind for kind in KINDS if kind != "reinforce_pp"]
 
 
 def table(*rows: list[float]) -> torch.Tensor:
@@ -36,26 +39,27 @@ def test_batch_std_divides_by_the_sample_deviation_of_all_totals():
     assert close(advantages(table([0, 2], [4, 4]), "batch_std"), [[-1 / std, 1 / std], [0, 0]])
 
 
-@pytest.mark.parametrize("kind", ["group_std", "group_mean", "batch_std"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_completion_without_a_total_stands_outside_its_group(kind):
     with_hole = advantages(table([1, NAN, 0, 3], [5, 2, 2, 0]), kind)
     assert with_hole[0, 1] == 0
     assert torch.isfinite(with_hole).all()
-    if kind != "batch_std":
+    if kind in ("group_std", "group_mean", "rloo"):
         assert torch.allclose(with_hole[0, [0, 2, 3]], advantages(table([1, 0, 3]), kind)[0])
 
 
-@pytest.mark.parametrize("kind", ["group_std", "group_mean", "batch_std"])
+@pytest.mark.parametrize("kind", BY_GROUP)
 def test_groups_without_signal_get_zeros_and_never_nan(kind):
     totals = table([2, 2, 2], [NAN, NAN, NAN], [NAN, 1, NAN], [0.1 + 0.2, 0.3, 0.3], [0, 0, 1])
-    assert zero_signal(totals).tolist() == [True, True, True, True, False]
+    assert zero_signal(totals, kind).tolist() == [True, True, True, True, False]
     result = advantages(totals, kind)
     assert torch.equal(result[:4], torch.zeros(4, 3, dtype=torch.float64))
     assert torch.isfinite(result).all() and result[4].abs().min() > 0
 
 
 def test_nothing_at_all_gives_nothing():
-    assert advantages(table([NAN, NAN]), "batch_std").tolist() == [[0, 0]]
+    for kind in KINDS:
+        assert advantages(table([NAN, NAN]), kind).tolist() == [[0, 0]]
     assert weights(torch.tensor([3, 4]), torch.tensor([False, False]), "grpo", 8).tolist() == [0, 0]
 
 
@@ -64,46 +68,55 @@ def test_small_differences_are_a_signal():
     assert not zero_signal(table([1000.0, 1000.001]))[0]
 
 
-def test_the_surrogate_is_the_smaller_of_the_ratio_and_the_clipped_ratio():
-    old = torch.zeros(6)
-    ratio = torch.tensor([1.0, 1.5, 0.5, 1.0, 1.5, 0.5])
-    advantage = torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, -2.0])
-    losses = policy_losses(ratio.log(), old, advantage, clip_low=0.2, clip_high=0.3)
-    # A > 0: 2, 1.3 * 2 (clipped), 0.5 * 2. A < 0: -2, -3, -2 * 0.8 (clipped). Minimised, hence the sign.
-    assert close(losses, [-2, -2.6, -1, 2, 3, 1.6])
+def test_rloo_is_the_distance_to_the_mean_of_the_others():
+    # 1 against (0 + 2) / 2, 0 against 1.5, 2 against 0.5; the second group has two totals only.
+    found = advantages(table([1, 0, 2], [5, NAN, 3]), "rloo")
+    assert close(found, [[0, -1.5, 1.5], [2, 0, -2]])
 
 
-def test_clipped_tokens_have_no_gradient():
-    logps = torch.tensor([1.5, 0.5]).log().requires_grad_()
-    policy_losses(logps, torch.zeros(2), torch.tensor([1.0, -1.0]), 0.2, 0.2).sum().backward()
-    assert logps.grad.tolist() == [0, 0]
+def test_reinforce_pp_whitens_the_whole_batch():
+    # 0, 2, 4, 4: mean 2.5, variance 11 / 3. A group of equal totals has a signal: both are above the batch's mean.
+    std = math.sqrt(11 / 3)
+    found = advantages(table([0, 2], [4, 4]), "reinforce_pp")
+    assert close(found, [[-2.5 / std, -0.5 / std], [1.5 / std, 1.5 / std]])
+    assert zero_signal(table([0, 2], [4, 4]), "reinforce_pp").tolist() == [False, False]
 
 
-def test_on_policy_the_gradient_is_minus_the_advantage():
-    logps = torch.tensor([-1.0, -2.0], requires_grad=True)
-    policy_losses(logps, logps.detach(), torch.tensor([3.0, -4.0]), 0.2, 0.2).sum().backward()
-    assert logps.grad.tolist() == [-3, 4]
+def test_reinforce_pp_baseline_whitens_the_distances_to_the_groups_means():
+    # -1, 1 and -3, 3 after the groups' means, 0, 0 in the third: squares add up to 20, variance 20 / 5.
+    found = advantages(table([0, 2], [1, 7], [4, 4]), "reinforce_pp_baseline")
+    assert close(found, [[-1 / 2, 1 / 2], [-3 / 2, 3 / 2], [0, 0]])
+    assert zero_signal(table([0, 2], [1, 7], [4, 4]), "reinforce_pp_baseline").tolist() == [False, False, True]
 
 
-def test_k3_by_hand():
-    own, reference = torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.0 + math.log(2)])
-    assert close(k3(own, reference), [0.0, 2 - 1 - math.log(2)])
+def test_what_has_no_signal_for_reinforce_pp():
+    # The mean is 0.3 within rounding: the second group is exactly there, the third has one total that is not.
+    totals = table([0.1 + 0.2 - 0.3, 0.6], [0.1 + 0.2, 0.3], [NAN, 0.3], [NAN, NAN], [0.0, 0.6])
+    assert zero_signal(totals, "reinforce_pp").tolist() == [False, True, True, True, False]
+    found = advantages(totals, "reinforce_pp")
+    assert torch.equal(found[1:4], torch.zeros(3, 2, dtype=torch.float64))
+    assert found[0, 0] < 0 < found[0, 1] and torch.isfinite(found).all()
+    # One total is nothing to compare, all the same neither; one that differs from other groups is a signal.
+    for nothing in (table([NAN, 3.0]), table([0.1 + 0.2, 0.3], [0.3, 0.3]), table([1000.1, 1000.1])):
+        assert zero_signal(nothing, "reinforce_pp").all()
+        assert not advantages(nothing, "reinforce_pp").any()
+    assert not zero_signal(table([NAN, 1.0], [0.0, 0.0]), "reinforce_pp").any()
+    assert close(advantages(table([NAN, 1.0], [0.0, NAN]), "reinforce_pp"), [[0, 0.5**0.5], [-(0.5**0.5), 0]])
 
 
-def test_k3_estimates_the_divergence_of_two_distributions():
-    generator = torch.Generator().manual_seed(0)
-    p, q = torch.randn(2, 12, generator=generator).log_softmax(-1)
-    exact = (p.exp() * (p - q)).sum()
-    drawn = torch.multinomial(p.exp(), 200_000, replacement=True, generator=generator)
-    assert k3(p, q).min() >= 0
-    assert abs(k3(p[drawn], q[drawn]).mean() - exact) < 0.02
+def test_soft_punishment_by_hand():
+    lengths, cut = torch.tensor([10, 16, 18, 20, 20, 3]), torch.tensor([False, False, False, False, True, True])
+    assert close(soft_punishment(lengths, cut, max_tokens=20, buffer=4), [0, 0, -0.5, -1, -1, -1])
+    # A buffer larger than what there is: it begins at the first token.
+    assert close(soft_punishment(torch.tensor([1, 5]), torch.tensor([False, False]), 10, 40), [-0.1, -0.5])
 
 
 def test_weights_by_hand():
     lengths, counted = torch.tensor([2, 5, 3]), torch.tensor([True, True, True])
-    assert close(weights(lengths, counted, "grpo", 10), [1 / 6, 1 / 15, 1 / 9])
-    assert close(weights(lengths, counted, "dapo", 10), [0.1, 0.1, 0.1])
-    assert close(weights(lengths, counted, "bnpo", 10), [0.1, 0.1, 0.1])
+    for loss in ("grpo", "gspo", "sapo"):
+        assert close(weights(lengths, counted, loss, 10), [1 / 6, 1 / 15, 1 / 9])
+    for loss in ("dapo", "bnpo", "cispo"):
+        assert close(weights(lengths, counted, loss, 10), [0.1, 0.1, 0.1])
     assert close(weights(lengths, counted, "dr_grpo", 10), [1 / 30, 1 / 30, 1 / 30])
 
 
@@ -114,7 +127,7 @@ def test_completions_without_a_total_are_in_no_denominator():
     assert close(weights(lengths, counted, "dr_grpo", 10), [1 / 20, 0, 1 / 20])
 
 
-@pytest.mark.parametrize("kind", ["group_std", "group_mean", "batch_std"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_advantages_of_the_largest_totals_are_finite(kind: str):
     big = LARGEST_TOTAL
     found = advantages(torch.tensor([[-big, big, big, 0.0], [0.0, 1.0, big, math.nan]], dtype=torch.float64), kind)

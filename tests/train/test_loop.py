@@ -23,7 +23,6 @@ from job_runs import (
     write_rows,
 )
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from scripted_server import ScriptedServer
 from tiny_models import random_model, tokenizer
 
@@ -176,14 +175,13 @@ def test_what_a_config_cannot_do_is_said_once_in_plain_words(model: Path, tmp_pa
         "early stopping cannot act",
         "paged_adamw_8bit: AdamW runs with 32-bit states",
         "clip_low and clip_high cannot act",
-        "top_k=5 and top_p=1.0",
         "1 steps are fewer than the recommended 200",
         "eval_fraction cannot act",
         "num_cycles=2 cannot act",
         "warmup_ratio=0.1 cannot act",
     ):
         assert sum(part in message for message in said) == 1, (part, said)
-    assert len(said) == 10
+    assert len(said) == 9
     with ScriptedServer(spec(tmp_path, model, job, fence=2)) as again:
         assert run(again) == 0
     assert not events(again, "warning")
@@ -292,26 +290,6 @@ def test_a_model_that_cannot_be_loaded_is_the_jobs_error(folder: Path):
     with ScriptedServer(spec(folder, folder / "no-model", config())) as server:
         assert run(server) == 0
     assert finish(server)["status"] == "errored" and "cannot be loaded" in finish(server)["error"]
-
-
-def test_an_engine_that_samples_with_another_policy_halts_the_job(
-    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Fingerprints of tensors cannot see that an adapter is applied twice as strongly; log-probs can."""
-    from rewardsmith.train import setup
-
-    class Loud(setup.PlainEngine):
-        def load_adapter(self, tensors, version) -> None:
-            super().load_adapter(tensors, version)
-            for module in self._model.modules():
-                if isinstance(module, LoraLayer):
-                    module.scaling["rollout"] = 8.0
-
-    monkeypatch.setattr(setup, "PlainEngine", Loud)
-    with ScriptedServer(spec(folder, model, config(train_steps=LONG, learning_rate=0.05))) as server:
-        assert run(server) == 0
-    assert finish(server)["status"] == "errored"
-    assert "do not run the same policy" in finish(server)["error"]
 
 
 def test_a_run_continues_from_a_checkpoint_of_another(model: Path, tmp_path: Path):

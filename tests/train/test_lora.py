@@ -9,7 +9,7 @@ from tiny_models import CONTEXT, FAMILIES, WORDS, random_model, tokenizer
 
 from rewardsmith.errors import ConfigError, DeliveryError, ModelError
 from rewardsmith.rollout.adapter import Fingerprint, adapter_tensors
-from rewardsmith.rollout.engine import PlainEngine
+from rewardsmith.rollout.plain import PlainEngine
 from rewardsmith.train import lora
 from rewardsmith.train.lora import POLICY, ROLLOUT
 from rewardsmith.train.update import make_optimizer
@@ -23,6 +23,7 @@ def trained(family: str = "qwen2", **changes) -> PeftModel:
     generator = torch.Generator().manual_seed(1)
     for tensor in adapter_tensors(model, POLICY).values():
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    lora.add_rollout_adapter(model)
     return model
 
 

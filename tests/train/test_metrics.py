@@ -6,9 +6,10 @@ import torch
 from rewardsmith.rewards.outcomes import LARGEST_TOTAL, Score
 from rewardsmith.rollout.engine import Completion
 from rewardsmith.rollout.prompts import Prompt
+from rewardsmith.train.agreement import Mismatch
 from rewardsmith.train.checkpoint import Progress
 from rewardsmith.train.evaluate import PATIENCE, exhausted, note_evaluation
-from rewardsmith.train.metrics import Mismatch, step_metrics
+from rewardsmith.train.metrics import step_metrics
 from rewardsmith.train.samples import Sample
 from rewardsmith.train.update import Update
 

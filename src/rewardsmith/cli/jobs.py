@@ -11,6 +11,7 @@ from rewardsmith.cli import records
 from rewardsmith.cli.job_config import ConfigFile, Rewards, Settings, read_config
 from rewardsmith.cli.output import AsJson, age, connect, print_details, print_json, print_table, reward, status
 from rewardsmith.client.objects import FinetuningJob
+from rewardsmith.quantities import duration
 
 app = typer.Typer(
     name="jobs",
@@ -82,9 +83,12 @@ def list_(
 @app.command()
 def get(job: records.JobRef, as_json: AsJson = False) -> None:
     """Show one job as it is now."""
-    found = connect().finetuning.jobs.get(job)
+    jobs = connect().finetuning.jobs
+    found = jobs.get(job)
     if as_json:
         return print_json(_plain(found))
+    left = jobs.metrics(job, series="forecast/seconds_left", after_step=found.step - 1)
+    seconds = [point.value for points in left.values() for point in points]
     print_details(
         [
             ("job", found.uuid),
@@ -93,6 +97,7 @@ def get(job: records.JobRef, as_json: AsJson = False) -> None:
             ("paused", found.paused_reason),
             ("error", found.error),
             ("step", _progress(found)),
+            ("time left", duration(seconds[-1]) if seconds and found.status == "training" else None),
             ("reward", reward(found.total_reward)),
             ("revision", found.revision),
             ("attempt", found.attempt),

@@ -19,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rewardsmith.client import Rewardsmith
-from rewardsmith.client.view import duration, printable
+from rewardsmith.client.view import printable
 from rewardsmith.errors import RewardsmithError
+from rewardsmith.quantities import duration
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

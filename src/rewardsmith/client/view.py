@@ -22,6 +22,7 @@ from rich.text import Text
 from rewardsmith import wire
 from rewardsmith.client.objects import FinetuningJob
 from rewardsmith.client.stream import Event, Interruption, Step
+from rewardsmith.quantities import duration
 
 SHORTEST_NAME, LONGEST_NAME, OTHER_COLUMNS_WIDTH = 9, 30, 50
 EVENT_STYLES = {
@@ -31,6 +32,7 @@ EVENT_STYLES = {
     "restarted": "yellow",
     "warning": "yellow",
 }
+BAR_WIDTH = 24
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -82,8 +84,8 @@ class JobView:
         self._functions = function_names(job.stored_params)
         self._step = 0
         self._total_steps = job.total_steps or job.stored_params.get("train_steps")
-        # Tuples, since the footer is drawn by a thread of its own while steps arrive.
-        self._seconds: tuple[float, ...] = ()
+        self._seconds_left: float | None = None
+        # A tuple, since the footer is drawn by a thread of its own while steps arrive.
         self._totals: tuple[float, ...] = ()
         self._table_begun = False
         self._held_back: list[wire.JobEvent] = []
@@ -144,9 +146,7 @@ class JobView:
         self._step = event.step
         means = reward_means(event.metrics)
         names = [*self._functions, *sorted(set(means) - set(self._functions))]
-        seconds = [value for name, value in event.metrics.items() if name.startswith("seconds/")]
-        if seconds:
-            self._seconds = (*self._seconds, sum(seconds))[-20:]
+        self._seconds_left = event.metrics.get("forecast/seconds_left")
         if "total_reward" in event.metrics:
             self._totals = (*self._totals, event.metrics["total_reward"])[-30:]
         if event.step > 0:
@@ -180,7 +180,8 @@ class JobView:
         values += [(name, means.get(name)) for name in names]
         shown = "  ".join(f"{printable(name)} {_number(value)}" for name, value in values)
         total = f"/{self._total_steps}" if self._total_steps else ""
-        self._say(f"step {event.step:>{max(len(total) - 1, 0)}}{total}  {shown}")
+        left = self._time_left()
+        self._say(f"step {event.step:>{max(len(total) - 1, 0)}}{total}  {shown}" + f"  {left}" * bool(left))
 
     def _show_events(self) -> None:
         """Those whose place among the steps has come; the stream tells the timeline ahead of the steps."""
@@ -219,21 +220,22 @@ class JobView:
             return Text(f"paused: {printable(self._paused)}", "yellow")
         if not self._total_steps or self._status not in ("training", "stopping"):
             return Text("")
+        done, left = f"{self._step}/{self._total_steps}", self._time_left()
+        taken = len(self._status) + BAR_WIDTH + len(done) + len(left) + 4 * 2
+        newest = self._totals[-max(self._console.width - taken, 1) :]
         line = Table.grid(padding=(0, 2))
         line.add_row(
             self._status,
-            ProgressBar(total=self._total_steps, completed=self._step, width=24, complete_style="cyan"),
-            f"{self._step}/{self._total_steps}",
-            self._time_left(),
-            Text(sparkline(self._totals), "green"),
+            ProgressBar(total=self._total_steps, completed=self._step, width=BAR_WIDTH, complete_style="cyan"),
+            done,
+            left,
+            Text(sparkline(newest), "green"),
         )
         return line
 
     def _time_left(self) -> str:
-        if not self._seconds or not self._total_steps:
-            return ""
-        left = (self._total_steps - self._step) * sum(self._seconds) / len(self._seconds)
-        return f"about {duration(left)} left"
+        """By the job's own forecast, which a run of one step and one that has just begun do not have."""
+        return f"{duration(self._seconds_left)} left" if self._seconds_left else ""
 
 
 def function_names(params: dict[str, object]) -> list[str]:
@@ -259,14 +261,6 @@ def sparkline(values: Iterable[float]) -> str:
     low, high = min(known, default=0.0), max(known, default=0.0)
     span = (high - low) or 1.0
     return "".join(SPARKS[round((value - low) / span * (len(SPARKS) - 1))] for value in known)
-
-
-def duration(seconds: float) -> str:
-    """In the one or two units a person would say."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def printable(text: str) -> str:

@@ -12,10 +12,14 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rewardsmith.errors import JobCanceled, LeaseLost, RewardsmithError, ServerLost
 from rewardsmith.wire import Finish, JobSpec
+
+if TYPE_CHECKING:
+    from rewardsmith.train.journal import Journal
+    from rewardsmith.train.ranks import Ranks
 
 log = logging.getLogger("rewardsmith.job")
 
@@ -29,18 +33,21 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: asked_to_yield.set())
     _set_threads()
     ticket = json.loads(sys.stdin.readline())
-    return run_job(ticket, asked_to_yield)
+    # After _set_threads: torch reads the environment when it is imported. Ranks start while this process is one thread.
+    from rewardsmith.train.ranks import Ranks, useful_workers
+
+    with Ranks(useful_workers()) as ranks:
+        return run_job(ticket, asked_to_yield, ranks)
 
 
-def run_job(ticket: dict[str, Any], asked_to_yield: threading.Event) -> int:
+def run_job(ticket: dict[str, Any], asked_to_yield: threading.Event, ranks: Ranks) -> int:
     """The exit status of the attempt that `ticket` allows."""
-    # After _set_threads: torch reads the environment when it is imported.
     from rewardsmith.train.journal import Journal
 
     try:
         with Journal(ticket["url"], ticket["uuid"], ticket["fence"], ticket["token"]) as journal:
             spec = journal.spec()
-            finish = _attempt(spec, journal, asked_to_yield)
+            finish = _attempt(spec, journal, asked_to_yield, ranks)
             if finish is None:
                 journal.flush(seconds=5)
                 return YIELDED
@@ -54,14 +61,14 @@ def run_job(ticket: dict[str, Any], asked_to_yield: threading.Event) -> int:
         return SERVER_LOST
 
 
-def _attempt(spec: JobSpec, journal: Any, asked_to_yield: threading.Event) -> Finish | None:
+def _attempt(spec: JobSpec, journal: Journal, asked_to_yield: threading.Event, ranks: Ranks) -> Finish | None:
     """Trains, and gives the end to report; None when the job yields. Raises LeaseLost and ServerLost."""
     from rewardsmith.train.loop import train
     from rewardsmith.train.setup import set_up
 
     served = spec.resume.checkpoint if spec.resume else None
     try:
-        with set_up(spec, journal, asked_to_yield.is_set) as run:
+        with set_up(spec, journal, asked_to_yield.is_set, ranks) as run:
             try:
                 ending = train(run)
             finally:

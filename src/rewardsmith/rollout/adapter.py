@@ -10,16 +10,46 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
+
+from rewardsmith.errors import DeliveryError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+PREFIX = "base_model.model."  # what PEFT puts before a module's path
 
 
 def adapter_tensors(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     """The live tensors of one adapter, sorted by plain name (without the adapter's own); writing to them changes it."""
+    from peft import get_peft_model_state_dict  # brings transformers, which processes that only sample do without
+
     tensors = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     return {name: tensors[name].detach() for name in sorted(tensors)}
+
+
+def tensor_names(path: str) -> tuple[str, str]:
+    """Of A and B of the linear layer at `path` in the base model."""
+    return f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
+
+
+def low_rank_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (R x I) and B (O x R) by the paths of their layers. Raises DeliveryError unless the adapter is plain LoRA."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        path, _, kind = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if kind not in ("lora_A", "lora_B") or tensor.ndim != 2:
+            raise DeliveryError(f"the adapter has {name}, which is no part of plain LoRA on a linear layer")
+        found.setdefault(path, {})[kind] = tensor
+    pairs = {}
+    for path, pair in found.items():
+        if len(pair) != 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:
+            raise DeliveryError(f"the adapter's lora_A and lora_B for {path} do not belong together")
+        pairs[path] = (pair["lora_A"], pair["lora_B"])
+    return pairs
 
 
 @dataclass(frozen=True)

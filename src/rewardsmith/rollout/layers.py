@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 
-from rewardsmith.rollout.weights import Projection, Weights
+from rewardsmith.rollout.projection import Projection
+from rewardsmith.rollout.weights import Weights
 
 # (index of the layer, q_NHD, k_NKD, v_NKD) -> out_NHD: H query heads, K key and value heads of D numbers.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -22,7 +23,11 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 class Ops(Protocol):
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """Root-mean-square norm over the last dimension."""
+        """Root-mean-square norm over the last dimension, computed in float32 at least.
+
+        It is rounded to the precision of `x` before the multiplication by `weight`, or, where `weight` is wider than
+        `x` (Gemma in 16 bits), after it. The result has the precision of `x`.
+        """
 
     def linear(self, x: Tensor, projection: Projection) -> Tensor: ...
 
@@ -38,7 +43,8 @@ class PlainOps:
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype) * weight
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+        return (wide.to(weight.dtype) * weight).to(x.dtype)
 
     def linear(self, x: Tensor, projection: Projection) -> Tensor:
         y = linear(x, projection.weight_OI, projection.bias_O)
@@ -59,13 +65,12 @@ def run(weights: Weights, ids_N: Tensor, attend: Attend, ops: Ops, last_rows: Te
     q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     x = weights.embed_VH[ids_N]
     if shape.embed_scale != 1.0:
-        # In the model's own precision, as it was trained.
-        x = x * torch.tensor(shape.embed_scale, dtype=x.dtype, device=x.device)
+        x = x * shape.embed_scale
     layers = weights.layers
     h = ops.norm(x, layers[0].input_norm, epsilon)
     for i, layer in enumerate(layers):
-        q, k, v = ops.linear(h, layer.qkv).split([q_width, kv_width, kv_width], -1)
-        q, k, v = (t.unflatten(-1, (-1, shape.head_dim)) for t in (q, k, v))
+        q, k, v = torch.split(ops.linear(h, layer.qkv), [q_width, kv_width, kv_width], -1)
+        q, k, v = (torch.unflatten(t, -1, (-1, shape.head_dim)) for t in (q, k, v))
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = ops.norm(q, layer.q_norm, epsilon), ops.norm(k, layer.k_norm, epsilon)
         mixed = attend(i, q, k, v).flatten(-2)

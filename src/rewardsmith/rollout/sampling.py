@@ -1,13 +1,16 @@
-"""How a token is drawn: temperature, top-k, top-p, inverse CDF. Pure functions on one decode step.
+"""How a token is drawn: temperature, top-k, top-p, min-p, inverse CDF. Pure functions on one decode step.
 
 The random numbers of a completion are a function of its own seed and the token's position, so what it says does not
-depend on the completions sampled beside it. Log-probs are those of the whole temperature-scaled distribution, also
-where top-k or top-p cut the draw: the trainer computes the same ones.
+depend on the completions sampled beside it. Log-probs are those of the distribution that was drawn from: the whole
+temperature-scaled one, or, where top-k, top-p or min-p cut it, what they left, renormalised. A cut draw says which ids
+it could choose from (`Support`), so that the trainer renormalises over the same ones.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,15 +19,72 @@ _WIDTH = 64  # entries summed up at once when cumulating a whole vocabulary
 _LIKELIEST = 64  # tokens looked at first when cutting by top-p
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What limits a draw: the `top_k` likeliest ids, of these the fewest that hold `top_p` of their mass, of these the
+    ones at least `min_p` times as likely as the likeliest (Nguyen et al. 2024). 0, 1.0 and 0.0 switch them off.
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def acts(self) -> bool:
+        return bool(self.top_k or self.top_p < 1.0 or self.min_p > 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Support:
+    """The ids that the draws of one completion could choose from: those of token t are ids[offsets[t]:offsets[t + 1]].
+
+    `ids` are int32, likeliest first within a token; `offsets` are int64, one more than there are tokens.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, ids_by_token: Sequence[Tensor]) -> Support:
+        counts = torch.tensor([0, *map(len, ids_by_token)])
+        ids = torch.cat(list(ids_by_token)) if ids_by_token else torch.empty(0)
+        return cls(ids.to("cpu", torch.int32), counts.cumsum(0))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, token: int) -> Tensor:
+        return self.ids[int(self.offsets[token]) : int(self.offsets[token + 1])]
+
+    def first(self, tokens: int) -> Support:
+        """Of the first `tokens` tokens."""
+        offsets = self.offsets[: tokens + 1]
+        return Support(self.ids[: int(offsets[-1])], offsets)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token per row. `support` has each row's ids to choose from, None where nothing was cut."""
+
+    ids_B: Tensor
+    logps_B: Tensor
+    support: list[Tensor] | None = None
+
+
 def completion_seed(*parts: int | str) -> int:
     """A 64-bit seed (signed) from what names a completion: run seed, step, row, sample."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
-def uniforms(seeds_B: Tensor, position: int) -> Tensor:
-    """One number in [0, 1) per seed for the token at `position`, as float64: SplitMix64 (Steele et al. 2014)."""
-    z_B = seeds_B + _signed((position + 1) * 0x9E3779B97F4A7C15)
+def uniforms(seeds_B: Tensor, position: int | Tensor) -> Tensor:
+    """One number in [0, 1) per seed for the token at `position` (of all, or of each), as float64: SplitMix64 (Steele
+    et al. 2014).
+    """
+    if isinstance(position, Tensor):
+        z_B = seeds_B + (position + 1) * _signed(0x9E3779B97F4A7C15)  # int64 wraps around, as it should
+    else:
+        z_B = seeds_B + _signed((position + 1) * 0x9E3779B97F4A7C15)
     z_B = (z_B ^ _shifted(z_B, 30)) * _signed(0xBF58476D1CE4E5B9)
     z_B = (z_B ^ _shifted(z_B, 27)) * _signed(0x94D049BB133111EB)
     return _shifted(z_B ^ _shifted(z_B, 31), 11).double() * 2.0**-53
@@ -39,31 +99,55 @@ def _shifted(z_B: Tensor, bits: int) -> Tensor:
     return (z_B >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def log_probs(logits_BV: Tensor, temperature: float, vocab: int) -> Tensor:
-    """Float32 log-probs over the first `vocab` ids; a model's ids beyond those of its tokenizer are padding."""
-    return (logits_BV[..., :vocab].float() / temperature).log_softmax(-1)
+def log_probs(logits_BV: Tensor, temperature: float | Tensor, vocab: int) -> Tensor:
+    """Log-probs over the first `vocab` ids, in float32 at least; a model's ids beyond those of its tokenizer are
+    padding. `temperature` is one number or B x 1.
+    """
+    wide_BV = logits_BV[..., :vocab].to(torch.promote_types(logits_BV.dtype, torch.float32))
+    return (wide_BV / temperature).log_softmax(-1)
 
 
-def draw(logps_BV: Tensor, uniforms_B: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """One id per row. top-k comes first, then top-p on what is left; 0 and 1.0 switch them off."""
-    probs_BV = logps_BV.exp()
-    if not top_k and top_p == 1.0:
-        return inverse_cdf(probs_BV, uniforms_B)
-    weights_BN, ids_BN = support(probs_BV, top_k, top_p)
-    return ids_BN.gather(1, inverse_cdf(weights_BN, uniforms_B)[:, None]).squeeze(1)
+def draw(logps_BV: Tensor, uniforms_B: Tensor, cut: Cut) -> Draw:
+    """One id per row from the given log-probs, by the inverse of their cumulated sum."""
+    if not cut.acts:
+        ids_B = inverse_cdf(logps_BV.exp(), uniforms_B)
+        return Draw(ids_B, logps_BV.gather(1, ids_B[:, None]).squeeze(1))
+    weights_BN, ids_BN = support(logps_BV.exp(), cut)
+    place_B1 = inverse_cdf(weights_BN, uniforms_B)[:, None]
+    kept_BN = weights_BN > 0
+    kept_logps_BN = logps_BV.gather(1, ids_BN).masked_fill(~kept_BN, -torch.inf)
+    logps_B = (kept_logps_BN.gather(1, place_B1) - kept_logps_BN.logsumexp(-1, keepdim=True)).squeeze(1)
+    # Cuts leave a beginning of each row, as the ids are sorted.
+    counts = kept_BN.sum(-1).tolist()
+    rows = ids_BN.to("cpu", torch.int32)
+    return Draw(
+        ids_BN.gather(1, place_B1).squeeze(1),
+        logps_B,
+        [row[:count].clone() for row, count in zip(rows, counts, strict=True)],
+    )
 
 
-def support(probs_BV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """What a draw may choose from: (weights_BN, ids_BN), likeliest first, weight 0 for what top-p cuts off."""
+def support(probs_BV: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+    """What a draw may choose from: (weights_BN, ids_BN), likeliest first, weight 0 for what is cut off."""
     vocab = probs_BV.shape[1]
-    weights_BN, ids_BN = probs_BV.topk(min(top_k or _LIKELIEST, vocab))
-    if not top_k and (weights_BN.sum(-1) < top_p).any():
+    weights_BN, ids_BN = probs_BV.topk(min(cut.top_k or _LIKELIEST, vocab))
+    if not cut.top_k and weights_BN.shape[1] < vocab and not _reaches(weights_BN, cut):
         weights_BN, ids_BN = probs_BV.sort(descending=True, stable=True)
-    if top_p < 1.0:
-        mass_B1 = weights_BN.sum(-1, keepdim=True) if top_k else 1.0
+    likeliest_B1 = weights_BN[:, :1]
+    if cut.top_p < 1.0:
+        mass_B1 = weights_BN.sum(-1, keepdim=True) if cut.top_k else 1.0
         mass_before_BN = weights_BN.cumsum(-1) - weights_BN
-        weights_BN = weights_BN.masked_fill(mass_before_BN >= top_p * mass_B1, 0.0)
+        weights_BN = weights_BN.masked_fill(mass_before_BN >= cut.top_p * mass_B1, 0.0)
+    if cut.min_p > 0.0:
+        weights_BN = weights_BN.masked_fill(weights_BN < cut.min_p * likeliest_B1, 0.0)
     return weights_BN, ids_BN
+
+
+def _reaches(weights_BN: Tensor, cut: Cut) -> bool:
+    """Whether in each row the ids looked at go down to where top-p or min-p cuts."""
+    by_mass_B = weights_BN.sum(-1) >= cut.top_p if cut.top_p < 1.0 else torch.tensor(False)
+    by_ratio_B = weights_BN[:, -1] < cut.min_p * weights_BN[:, 0]
+    return bool((by_mass_B | by_ratio_B).all())
 
 
 def inverse_cdf(weights_BN: Tensor, uniforms_B: Tensor) -> Tensor:

@@ -3,109 +3,42 @@
 The base is never written to. Fused base weights are the storage that the transformers model reads too, as views; the
 merged copy (base + scaling * B A) is made anew from the pristine base at every delivery, so rounding never adds up
 (peers lose the base model to merging and unmerging in place). `verify` proves on sampled rows that what will be
-multiplied with is the base it was and the adapter that was delivered. Nothing here trains or samples.
+multiplied with is the base it was and the adapter that was delivered; how is in `delivery`. Nothing here trains or
+samples, and nothing needs transformers once `fuse` is done: another process that receives a pickled Weights whose
+tensors are shared reads the same memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from rewardsmith.errors import DeliveryError
-from rewardsmith.rollout.architecture import Architecture
+from rewardsmith.errors import DeliveryError, ModelError
+from rewardsmith.rollout import delivery
+from rewardsmith.rollout.adapter import PREFIX, low_rank_pairs, tensor_names
+from rewardsmith.rollout.architecture import LINEAR, Architecture, base_of, layer_modules
+from rewardsmith.rollout.projection import Part, Projection
 
-PREFIX = "base_model.model."  # what PEFT puts before a module's path
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
+__all__ = ["PREFIX", "LayerWeights", "Part", "Projection", "Weights"]
 
-@dataclass(eq=False)
-class Part:
-    """One linear layer of the model: rows `start` to `stop` of a fused projection; with an adapter, A and B."""
-
-    name: str
-    start: int
-    stop: int
-    a_RI: Tensor | None = None
-    b_OR: Tensor | None = None
-
-
-@dataclass(eq=False)
-class Projection:
-    """Linear layers of one input as one. `weight_OI` is what is multiplied with: the base, or the merged copy."""
-
-    base_OI: Tensor
-    bias_O: Tensor | None
-    parts: list[Part]
-    scaling: float = 0.0
-    merged_OI: Tensor | None = None
-    row_checks_O: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.row_checks_O = _row_checks(self.base_OI)
-
-    @property
-    def merged(self) -> bool:
-        """Whether `weight_OI` has the adapter in it."""
-        return self.merged_OI is not None or not self.bound
-
-    @property
-    def weight_OI(self) -> Tensor:
-        return self.base_OI if self.merged_OI is None else self.merged_OI
-
-    @property
-    def bound(self) -> list[Part]:
-        return [part for part in self.parts if part.a_RI is not None]
-
-    def add_low_rank(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + scaling * B A x, written into `y`."""
-        for part in self.bound:
-            assert part.a_RI is not None and part.b_OR is not None
-            y[..., part.start : part.stop] += self.scaling * (x @ part.a_RI.T @ part.b_OR.T)
-        return y
-
-    def merge(self) -> None:
-        """The merged copy from the pristine base and the bound adapter."""
-        if not self.bound:
-            return
-        if self.merged_OI is None:
-            self.merged_OI = self.base_OI.clone()
-        for part in self.bound:
-            assert part.a_RI is not None and part.b_OR is not None
-            rows = slice(part.start, part.stop)
-            torch.addmm(self.base_OI[rows], part.b_OR, part.a_RI, alpha=self.scaling, out=self.merged_OI[rows])
-
-    def verify(self, row: int, scaling: float) -> None:
-        """Raises DeliveryError unless the rows numbered `row` (modulo each part's) are what they have to be."""
-        for part in self.parts:
-            number = part.start + row % (part.stop - part.start)
-            base_I = self.base_OI[number]
-            if not torch.equal(_row_checks(base_I[None]), self.row_checks_O[number : number + 1]):
-                raise DeliveryError(f"the base weights changed since they were loaded: row {number} of {part.name}")
-            if part.a_RI is None or part.b_OR is None:
-                continue
-            if self.scaling != scaling:
-                raise DeliveryError(f"{part.name} applies its adapter times {self.scaling}, not {scaling}")
-            if self.merged_OI is None:
-                continue
-            low_rank_I = scaling * (part.b_OR[number - part.start] @ part.a_RI)
-            wide = torch.promote_types(base_I.dtype, torch.float32)
-            off_I = (self.merged_OI[number].to(wide) - (base_I.to(wide) + low_rank_I.to(wide))).abs()
-            # Rounding of the sum and of its parts: a few units in the last place of what was added.
-            room_I = 8 * torch.finfo(base_I.dtype).eps * (base_I.abs().to(wide) + low_rank_I.abs().to(wide))
-            room = room_I + 8 * torch.finfo(base_I.dtype).eps * low_rank_I.abs().max().to(wide)
-            if bool((off_I > room).any()):
-                raise DeliveryError(
-                    f"{part.name} does not run the delivered adapter: row {number} of its merged weights is off by "
-                    f"{float(off_I.max()):.3g}"
-                )
+NORMS = ("input_norm", "q_norm", "k_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
+ALIGNMENT = 64  # bytes to which tensors in one storage begin
 
 
 @dataclass(eq=False)
 class LayerWeights:
-    """Norm weights have the family's offset added already. Gemma has norms after attention and MLP, Qwen3 on q and k."""
+    """Norm weights have the family's offset added already. Gemma has norms after attention and MLP, Qwen3 on q and k.
+
+    With an offset they are float32 at least, and a norm multiplies before it rounds to the model's precision.
+    """
 
     input_norm: Tensor
     qkv: Projection
@@ -136,15 +69,16 @@ class Weights:
     version: int = -1
 
     @classmethod
-    def fuse(cls, model: PreTrainedModel, architecture: Architecture) -> Weights:
-        """Of a model as transformers loads it, with or without PEFT's layers in it; its weights become views."""
-        decoder = model.model
+    def fuse(cls, model: PreTrainedModel | PeftModel, architecture: Architecture) -> Weights:
+        """Of a model that `describe` knows, with or without PEFT's layers in it; its weights become views."""
+        model = base_of(model)
+        decoder = model.get_submodule(architecture.path)
         return cls(
             architecture=architecture,
-            embed_VH=decoder.embed_tokens.weight.detach(),
-            layers=[_layer(layer, i, architecture) for i, layer in enumerate(decoder.layers)],
-            norm=_norm(decoder.norm, architecture),
-            head_VH=model.lm_head.weight.detach(),
+            embed_VH=decoder.get_submodule("embed_tokens").get_parameter("weight").detach(),
+            layers=[_layer(decoder, i, architecture) for i in range(len(architecture.layers))],
+            norm=_norm(decoder.get_submodule("norm"), architecture),
+            head_VH=model.get_submodule("lm_head").get_parameter("weight").detach(),
         )
 
     @property
@@ -155,78 +89,164 @@ class Weights:
     def parts(self) -> list[Part]:
         return [part for projection in self.projections for part in projection.parts]
 
-    def bind(self, tensors: Mapping[str, Tensor], scaling: float) -> None:
-        """Makes room for an adapter of these names and shapes, all zeros. Raises DeliveryError when one fits nowhere."""
-        parts = {part.name: part for part in self.parts}
-        for name, tensor in tensors.items():
-            path, _, kind = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-            if path not in parts or kind not in ("lora_A", "lora_B"):
-                raise DeliveryError(f"the adapter has {name}, which is no linear layer of this model")
-            setattr(parts[path], "a_RI" if kind == "lora_A" else "b_OR", torch.zeros_like(tensor))
+    @property
+    def bound_modules(self) -> int:
+        """How many linear layers the adapter is on."""
+        return sum(len(projection.bound) for projection in self.projections)
+
+    @property
+    def merged(self) -> bool:
+        """Whether no linear layer has to apply an adapter beside its weights."""
+        return all(projection.merged for projection in self.projections)
+
+    def bind(self, tensors: Mapping[str, Tensor], scaling: float, merge: bool | None = None) -> None:
+        """Makes room for an adapter of these names and shapes, all zeros. Raises DeliveryError when one fits nowhere.
+
+        `merge`: whether to keep a merged copy, which costs the memory of the weights that the adapter is on and saves
+        two small products per layer. Both give the same up to rounding, but in 16 bits that rounding is larger than the
+        adapter's first steps, which would be lost: there the default is not to merge.
+        """
+        if merge is None:
+            merge = self.embed_VH.element_size() > 2
+        found = low_rank_pairs(tensors)
+        parts = {part.name: (projection, part) for projection in self.projections for part in projection.parts}
+        for path, (a_RI, b_OR) in found.items():
+            if path not in parts:
+                raise DeliveryError(f"the adapter is on {path}, which is no linear layer of this model")
+            projection, part = parts[path]
+            shape = (part.stop - part.start, projection.base_OI.shape[1])
+            if (b_OR.shape[0], a_RI.shape[1]) != shape:
+                raise DeliveryError(f"the adapter has another shape than {path}, which is {shape[0]} x {shape[1]}")
         for projection in self.projections:
-            projection.scaling = scaling
+            projection.scaling, projection.merged_OI = scaling, None
+            for part in projection.parts:
+                part.a_RI = part.b_OR = part.merged_from = None
         self.scaling = scaling
+        rooms = iter(_together([t for pair in found.values() for t in pair], zeros=True))
+        for path in found:
+            part = parts[path][1]
+            part.a_RI, part.b_OR = next(rooms), next(rooms)
+        if merge:
+            bound = [parts[path] for path in found]
+            for (projection, part), sample in zip(bound, _together([p.sample() for _, p in bound]), strict=True):
+                part.merged_from = sample
+                if projection.merged_OI is None:
+                    projection.merged_OI = projection.base_OI.clone()
 
     def adapter(self) -> dict[str, Tensor]:
         """The bound adapter's tensors by PEFT's names, sorted; what the next token is computed with."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for part in self.parts:
             if part.a_RI is not None and part.b_OR is not None:
-                tensors[f"{PREFIX}{part.name}.lora_A.weight"] = part.a_RI
-                tensors[f"{PREFIX}{part.name}.lora_B.weight"] = part.b_OR
+                tensors |= zip(tensor_names(part.name), (part.a_RI, part.b_OR), strict=True)
         return dict(sorted(tensors.items()))
 
-    def merge(self) -> None:
-        for projection in self.projections:
+    def merge(self, shard: int = 0, shards: int = 1) -> None:
+        """Rebuilds the merged copy, where there is one, or only every `shards`-th projection of it from `shard` on:
+        processes that share the memory divide the work.
+        """
+        for projection in self.projections[shard::shards]:
             projection.merge()
+
+    def unmerge(self) -> None:
+        """Gives the merged copy up, for good: its memory is free, adapters are applied beside the base weights."""
+        for projection in self.projections:
+            projection.merged_OI = None
+            for part in projection.parts:
+                part.merged_from = None
 
     def verify(self, step: int) -> None:
         """One row of every linear layer, another one each step. Raises DeliveryError that names the layer and cause."""
+        looks = []
         for projection in self.projections:
-            # A stride that is prime to most sizes: over the steps all rows have their turn.
-            projection.verify(step * 7919, self.scaling)
+            if projection.bound and projection.scaling != self.scaling:
+                name = projection.parts[0].name
+                raise DeliveryError(f"{name} applies its adapter times {projection.scaling}, not {self.scaling}")
+            for part in projection.parts:
+                # A stride that is prime to most sizes: over the steps all rows have their turn.
+                number = part.start + step * 7919 % (part.stop - part.start)
+                looks.append(delivery.Look(projection, part, number))
+        if faults := delivery.faults(looks):
+            more = f"; {len(faults) - 1} more of {len(looks)} linear layers are wrong too" if faults[1:] else ""
+            raise DeliveryError(f"the engine does not run the delivered adapter: {faults[0]}{more}")
+
+    def share(self) -> None:
+        """Moves all tensors into memory that other processes can read; on CUDA they are readable as they are.
+
+        The transformers model goes on reading the same memory for its linear layers and embeddings. What is bound later
+        is not shared. Raises ModelError when there is not enough shared memory.
+        """
+        if self.embed_VH.device.type != "cpu":
+            return
+        # Every storage is one open file, so the many small tensors go together.
+        small: list[tuple[object, str]] = [(self, "norm")]
+        small += [(layer, name) for layer in self.layers for name in NORMS if getattr(layer, name) is not None]
+        small += [
+            (p, name) for p in self.projections for name in ("bias_O", "row_checks_O") if getattr(p, name) is not None
+        ]
+        together = _together([getattr(owner, name) for owner, name in small])
+        large = [t for p in self.projections for t in (p.base_OI, p.merged_OI) if t is not None]
+        adapter = [t for p in self.parts for t in (p.a_RI, p.b_OR, p.merged_from) if t is not None]
+        try:
+            for tensor in (self.embed_VH, self.head_VH, *large, *adapter, *together):
+                tensor.share_memory_()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise ModelError(
+                f"shared memory has no room for the model's weights; in a container, raise --shm-size ({error})"
+            ) from error
+        for (owner, name), tensor in zip(small, together, strict=True):
+            setattr(owner, name, tensor)
 
 
-def _layer(layer: nn.Module, index: int, architecture: Architecture) -> LayerWeights:
-    attention, mlp, path = layer.self_attn, layer.mlp, f"model.layers.{index}"
-    qk_normed = hasattr(attention, "q_norm")
+def _layer(decoder: nn.Module, index: int, architecture: Architecture) -> LayerWeights:
+    layer, path = decoder.get_submodule(f"layers.{index}"), f"{architecture.path}.layers.{index}"
     return LayerWeights(
-        input_norm=_norm(layer.input_layernorm, architecture),
-        qkv=_fused(attention, f"{path}.self_attn", ("q_proj", "k_proj", "v_proj")),
-        q_norm=_norm(attention.q_norm, architecture) if qk_normed else None,
-        k_norm=_norm(attention.k_norm, architecture) if qk_normed else None,
-        out=_fused(attention, f"{path}.self_attn", ("o_proj",)),
-        mlp_norm=_norm(layer.post_attention_layernorm, architecture),
-        gate_up=_fused(mlp, f"{path}.mlp", ("gate_proj", "up_proj")),
-        down=_fused(mlp, f"{path}.mlp", ("down_proj",)),
+        **{
+            role: _fused(layer, path, names) if role in LINEAR else _norm(layer.get_submodule(names[0]), architecture)
+            for role, names in layer_modules(architecture).items()
+        }  # type: ignore[arg-type]
     )
 
 
 def _norm(module: nn.Module, architecture: Architecture) -> Tensor:
-    return module.weight.detach() + architecture.norm_offset if architecture.norm_offset else module.weight.detach()
+    weight = module.get_parameter("weight").detach()
+    if not architecture.norm_offset:
+        return weight
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)) + architecture.norm_offset
 
 
-def _fused(module: nn.Module, path: str, names: tuple[str, ...]) -> Projection:
+def _fused(layer: nn.Module, path: str, names: tuple[str, ...]) -> Projection:
     """The named linear layers as one; their own weights become views of its rows."""
-    linears = [getattr(getattr(module, name), "base_layer", getattr(module, name)) for name in names]
-    fused_OI = (
-        torch.cat([linear.weight.detach() for linear in linears]) if len(linears) > 1 else linears[0].weight.detach()
-    )
+    modules = [layer.get_submodule(name) for name in names]
+    linears = [module.get_submodule("base_layer") if hasattr(module, "base_layer") else module for module in modules]
+    weights = [linear.get_parameter("weight") for linear in linears]
+    fused_OI = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach().contiguous()
     parts, start = [], 0
-    for name, linear in zip(names, linears, strict=True):
-        stop = start + linear.weight.shape[0]
-        linear.weight.data = fused_OI[start:stop]
+    for name, weight in zip(names, weights, strict=True):
+        stop = start + weight.shape[0]
+        weight.data = fused_OI[start:stop]
         parts.append(Part(f"{path}.{name}", start, stop))
         start = stop
+    biases = [getattr(linear, "bias", None) for linear in linears]
     bias_O = None
-    if any(linear.bias is not None for linear in linears):
-        bias_O = torch.cat([fused_OI.new_zeros(len(l.weight)) if l.bias is None else l.bias.detach() for l in linears])
+    if any(bias is not None for bias in biases):
+        bias_O = torch.cat(
+            [fused_OI.new_zeros(len(w)) if b is None else b.detach() for b, w in zip(biases, weights, strict=True)]
+        )
     return Projection(fused_OI, bias_O, parts)
 
 
-def _row_checks(weight_OI: Tensor) -> Tensor:
-    """One number per row that a changed row changes too: its bits, each place times another odd number, summed up."""
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight_OI.element_size()]
-    bits_OI = weight_OI.contiguous().view(whole).to(torch.int64)
-    factors_I = torch.arange(weight_OI.shape[1], device=weight_OI.device) * 2 + 1
-    return (bits_OI * factors_I).sum(1)
+def _together(tensors: Iterable[Tensor], zeros: bool = False) -> list[Tensor]:
+    """Copies of the tensors, or zeros in their shapes, in one storage for each type."""
+    tensors, ends = list(tensors), dict[torch.dtype, int]()
+    starts = []
+    for tensor in tensors:
+        starts.append(ends.get(tensor.dtype, 0))
+        unit = ALIGNMENT // tensor.element_size()
+        ends[tensor.dtype] = starts[-1] + -(-tensor.numel() // unit) * unit
+    storages = {dtype: torch.zeros(end, dtype=dtype, device=tensors[0].device) for dtype, end in ends.items()}
+    views = [storages[t.dtype][i : i + t.numel()].view(t.shape) for t, i in zip(tensors, starts, strict=True)]
+    if not zeros:
+        for view, tensor in zip(views, tensors, strict=True):
+            view.copy_(tensor)
+    return views

@@ -13,8 +13,9 @@ from rewardsmith.rewards.pool import RewardPool
 from rewardsmith.rollout.engine import Engine
 from rewardsmith.rollout.prompts import Prompt
 from rewardsmith.train.checkpoint import Progress
+from rewardsmith.train.clock import Clock
 from rewardsmith.train.metrics import held_out_metrics
-from rewardsmith.train.samples import Sample, generate, score
+from rewardsmith.train.samples import Sample, roll_out
 
 # With up to 256 rows, differences of a hundredth are noise; five saves are 100 steps by default, after which a run
 # that was going to learn has begun to (contract 2.1: 40 to 50 steps).
@@ -24,8 +25,8 @@ PATIENCE = 5
 
 def evaluate(engine: Engine, pool: RewardPool, prompts: Sequence[Prompt], config: GRPOConfig) -> list[Sample]:
     """One scored completion of each prompt, at the run's sampling parameters. Raises RewardPoolError."""
-    drawn = generate(engine, prompts, 1, config.sampling_params, config.seed, "eval")
-    return [sample for group in score(pool, prompts, drawn) for sample in group]
+    groups = roll_out(engine, pool, prompts, config, Clock(), "eval", count=1)
+    return [sample for group in groups for sample in group]
 
 
 def note_evaluation(progress: Progress, samples: Sequence[Sample]) -> dict[str, float]:

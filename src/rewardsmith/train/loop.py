@@ -1,7 +1,7 @@
 """The training loop. Read this first.
 
-GRPO with one update per batch: no value model, no old policy, no replay; the reference is the model with its adapter
-off. A step is a function of the weights and the step's number, which is why a killed job goes on to the same numbers.
+GRPO: no value model, no replay; the reference is the model with its adapter off, the old policy the one that sampled.
+A step is a function of the weights and the step's number, which is why a killed job goes on to the same numbers.
 Set up in `setup`; the mathematics is in `grpo`, what leaves the process goes through `journal`.
 """
 
@@ -11,24 +11,22 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
-import torch
-from transformers import PreTrainedModel
-
-from rewardsmith.errors import DeliveryError, RewardPoolError
+from rewardsmith.errors import RewardPoolError
 from rewardsmith.rewards.outcomes import ErrorGuard
 from rewardsmith.rewards.pool import RewardPool
 from rewardsmith.train import checkpoint
+from rewardsmith.train.agreement import Mismatch
 from rewardsmith.train.batch import Example
+from rewardsmith.train.clock import Clock
 from rewardsmith.train.evaluate import BETTER_BY, PATIENCE, evaluate, exhausted, note_evaluation
 from rewardsmith.train.grpo import zero_signal
-from rewardsmith.train.lora import deliver
-from rewardsmith.train.metrics import Clock, Mismatch, step_metrics
-from rewardsmith.train.samples import Sample, examples, generate, score, totals_of, with_advantages
+from rewardsmith.train.metrics import step_metrics
+from rewardsmith.train.samples import Sample, examples, roll_out, totals_of, with_advantages
 from rewardsmith.train.segments import Moment, write_segments
 from rewardsmith.train.setup import Run
-from rewardsmith.train.update import Update, policy_logps, update
+from rewardsmith.train.update import Update
 from rewardsmith.wire import CheckpointReport, Segment, StepReport
 
 log = logging.getLogger("rewardsmith.train")
@@ -36,10 +34,6 @@ log = logging.getLogger("rewardsmith.train")
 Ending = Literal["completed", "stopped", "yielded"]
 
 SILENT_STEPS = 10  # without any signal in any group, after which the job says so
-PROBES = 4  # completions of each step whose log-probs the trainer computes again
-# Mean difference of log-probs per token at which the engine must be running something else: ten times and more above
-# what the two paths differ by in rounding.
-MISMATCH_LIMIT = {torch.float64: 0.01, torch.float32: 0.01, torch.bfloat16: 0.2, torch.float16: 0.1}
 
 
 def train(run: Run) -> Ending:
@@ -52,21 +46,14 @@ def train(run: Run) -> Ending:
     while ending is None:
         step = run.progress.step + 1
         prompts = run.batches.take(step)
-        with clock("generate"):
-            config = run.config
-            drawn = generate(run.engine, prompts, config.num_generations, config.sampling_params, config.seed, step)
-        with clock("score"):
-            groups = with_advantages(score(run.pool, prompts, drawn), config)
+        groups = roll_out(run.learner.engine, run.pool, prompts, run.config, clock, step)
         with clock("update"):
-            batch = examples(groups, config, run.max_tokens)
-            mismatch = compare(run, groups, batch)
-            result = update(
-                run.model, run.optimizer, batch, config, vocab=run.vocab, step=step, total_steps=run.total_steps
-            )
+            groups, batch = to_learn(run, groups)
+            result, mismatch = run.learner.update(batch, step, run.total_steps)
         with clock("deliver"):
-            deliver(run.model, run.engine, version=step)
+            run.learner.deliver(version=step)
         run.progress.step = step
-        due = step % config.save_every == 0 or step == run.total_steps
+        due = step % run.config.save_every == 0 or step == run.total_steps
         evaluation = evaluate_policy(run) if due and run.held_out else Evaluation()
         report = step_report(run, groups, result, mismatch, evaluation, clock)
         clock = Clock()  # sending is timed with the step to come: its own report is written by then
@@ -80,20 +67,13 @@ def train(run: Run) -> Ending:
     return ending
 
 
-def compare(run: Run, groups: Sequence[Sequence[Sample]], batch: Sequence[Example]) -> Mismatch:
-    """Log-probs of some completions under engine and trainer. Raises DeliveryError when they are of two policies."""
-    samples = [sample for group in groups for sample in group]
-    every = max(1, len(samples) // PROBES)
-    trainer_N = torch.cat(policy_logps(run.model, batch[::every][:PROBES], run.config, run.vocab)).float().cpu()
-    sampler_N = torch.tensor([logp for sample in samples[::every][:PROBES] for logp in sample.completion.logps])
-    mismatch = Mismatch.of(trainer_N, sampler_N)
-    limit = MISMATCH_LIMIT[cast(PreTrainedModel, run.model.get_base_model()).dtype]
-    if not mismatch.mean_difference <= limit:
-        raise DeliveryError(
-            f"engine and trainer do not run the same policy: the log-probs of the same tokens differ by "
-            f"{mismatch.mean_difference:.3g} on average in step {run.progress.step + 1}, more than {limit}"
-        )
-    return mismatch
+def to_learn(run: Run, groups: Sequence[Sequence[Sample]]) -> tuple[list[list[Sample]], list[Example]]:
+    """The groups with their advantages, and the batch that the update learns from."""
+    reference_logps = None
+    if run.config.kl_in == "reward":
+        reference_logps = run.learner.reference_logps(examples(groups, run.config, run.max_tokens))
+    judged = with_advantages(groups, run.config, run.max_tokens, reference_logps)
+    return judged, examples(judged, run.config, run.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -111,7 +91,7 @@ class Evaluation:
 def evaluate_policy(run: Run) -> Evaluation:
     """The held-out rows under the present policy; their files are written, nothing is sent."""
     started, step = time.perf_counter(), run.progress.step
-    samples = evaluate(run.engine, run.pool, run.held_out, run.config)
+    samples = evaluate(run.learner.engine, run.pool, run.held_out, run.config)
     moment = Moment(step, run.batches.epoch(step), "eval", run.revision, policy_version=step)
     segments = write_segments(run.artifacts, moment, samples)
     metrics = note_evaluation(run.progress, samples)
@@ -181,7 +161,7 @@ def save(run: Run, reward: float | None = None) -> None:
     """A checkpoint of the present step, `reward` being its held-out one. Raises JobError."""
     number = checkpoint.number_at(run.progress.step, run.config.save_every)
     progress = run.progress.with_checkpoint(number, reward)
-    saved = checkpoint.publish(run.artifacts, run.model, run.optimizer, progress, number)
+    saved = checkpoint.publish(run.artifacts, run.learner.model, run.learner.optimizer, progress, number)
     run.journal.send(
         CheckpointReport(
             fence=run.journal.fence,

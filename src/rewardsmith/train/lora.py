@@ -1,7 +1,8 @@
 """The policy as a LoRA adapter: made, continued, handed to the engine, turned into the files PEFT reads.
 
-One frozen base carries two adapters of the same shape. POLICY is trained; ROLLOUT is the engine's own copy, which only
-a delivery changes, and a delivery is not done before fingerprints prove it. The base is never written to.
+One frozen base carries the adapter POLICY, which is trained; on the plain path it carries ROLLOUT too, the engine's own
+copy (the fast engine has one of its own). Only a delivery changes the engine's copy, and it is not done before
+fingerprints prove it. The base is never written to.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
 def attach(base: PreTrainedModel, config: GRPOConfig, base_name: str) -> PeftModel:
-    """The base with a new adapter (B zero, A by `config.seed`) under both names. Without `target_modules`, LoRA goes
-    to all linear layers but the head.
+    """The base with a new adapter, POLICY: B zero, A by `config.seed`.
+
+    Without `target_modules`, LoRA goes to all linear layers but the head.
 
     Raises ConfigError when `target_modules` names anything else than linear layers of the base.
     """
@@ -47,9 +49,13 @@ def attach(base: PreTrainedModel, config: GRPOConfig, base_name: str) -> PeftMod
     torch.manual_seed(config.seed)
     model = get_peft_model(base, settings, adapter_name=POLICY)
     model.peft_config[POLICY].base_model_name_or_path = base_name
+    return model
+
+
+def add_rollout_adapter(model: PeftModel) -> None:
+    """ROLLOUT beside POLICY, of the same shape: for an engine that runs the PEFT model itself."""
     model.add_adapter(ROLLOUT, copy(model.peft_config[POLICY]))
     model.set_adapter(POLICY)
-    return model
 
 
 def _check_targets(base: PreTrainedModel, targets: list[str]) -> None:
@@ -68,9 +74,17 @@ def _check_targets(base: PreTrainedModel, targets: list[str]) -> None:
             )
 
 
+def named_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """The policy's trainable parameters, always in the same order, by the names of `adapter_tensors`."""
+    return {
+        name.replace(f".{POLICY}.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if f".{POLICY}." in name
+    }
+
+
 def parameters(model: PeftModel) -> list[torch.nn.Parameter]:
-    """The policy's trainable parameters, always in the same order."""
-    return [parameter for name, parameter in model.named_parameters() if f".{POLICY}." in name]
+    return list(named_parameters(model).values())
 
 
 def deliver(model: PeftModel, engine: Engine, version: int) -> None:

@@ -6,51 +6,14 @@ for the server or the end of a pause, since that report. `seconds/evaluate` is t
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import fmean, pstdev
 
-from torch import Tensor
-
+from rewardsmith.train.agreement import Mismatch
 from rewardsmith.train.checkpoint import Progress
-from rewardsmith.train.grpo import k3, zero_signal
+from rewardsmith.train.grpo import zero_signal
 from rewardsmith.train.samples import Sample, totals_of
 from rewardsmith.train.update import Update
-
-
-class Clock:
-    """Seconds by what they were spent on."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """Trainer against sampler on the same tokens: KL(sampler || trainer) in nats per token, log-prob differences."""
-
-    kl: float
-    mean_difference: float
-    max_difference: float
-
-    @classmethod
-    def of(cls, trainer_N: Tensor, sampler_N: Tensor) -> Mismatch:
-        difference_N = trainer_N - sampler_N
-        return cls(
-            kl=float(k3(sampler_N, trainer_N).mean()),
-            mean_difference=float(difference_N.abs().mean()),
-            max_difference=float(difference_N.abs().max()),
-        )
 
 
 def step_metrics(
@@ -70,9 +33,8 @@ def step_metrics(
         **_completions(groups),
         "mismatch/kl": mismatch.kl,
         "mismatch/logp_max_diff": mismatch.max_difference,
-        # With one update per batch the ratio in the loss is to the policy's own log-probs: exactly 1, never clipped.
-        "clip_ratio/low": 0.0,
-        "clip_ratio/high": 0.0,
+        "clip_ratio/low": update.clipped_low,
+        "clip_ratio/high": update.clipped_high,
         "loss": update.loss,
         "grad_norm": update.grad_norm,
         "learning_rate": update.learning_rate,

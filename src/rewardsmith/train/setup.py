@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -21,15 +20,17 @@ from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import DatasetError
 from rewardsmith.rewards.outcomes import ErrorGuard
 from rewardsmith.rewards.pool import RewardPool
-from rewardsmith.rollout.engine import Engine, PlainEngine, context_of
+from rewardsmith.rollout.engine import context_of
 from rewardsmith.rollout.prompts import Prompt, make_prompts
 from rewardsmith.train import checkpoint, lora
 from rewardsmith.train.artifacts import JobArtifacts
 from rewardsmith.train.checkpoint import Progress
 from rewardsmith.train.data import Batches, read_rows, split_rows
 from rewardsmith.train.journal import Journal
+from rewardsmith.train.learner import Learner
+from rewardsmith.train.losses import dead_settings
 from rewardsmith.train.model import load_base
-from rewardsmith.train.update import make_optimizer
+from rewardsmith.train.ranks import Ranks
 from rewardsmith.wire import JobSpec
 
 log = logging.getLogger("rewardsmith.train")
@@ -44,11 +45,8 @@ class Run:
     config: GRPOConfig
     journal: Journal
     artifacts: JobArtifacts
-    model: PeftModel
-    vocab: int
+    learner: Learner
     max_tokens: int
-    engine: Engine
-    optimizer: torch.optim.Optimizer
     batches: Batches
     held_out: Sequence[Prompt]
     total_steps: int
@@ -62,7 +60,7 @@ class Run:
 
 
 @contextmanager
-def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool]) -> Iterator[Run]:
+def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool], ranks: Ranks) -> Iterator[Run]:
     """`yielding` says whether the process was asked to make room. Raises what ends a job: any RewardsmithError."""
     config = GRPOConfig(**spec.params)
     artifacts = JobArtifacts(spec)
@@ -74,18 +72,24 @@ def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool]) -> Ite
         for message in _remarks(config, total_steps, train, held_out, left_out, context):
             journal.event("warning", message)
 
-    model = lora.attach(base, config, spec.base_model_source)
-    optimizer = make_optimizer(model, config.optimizer, config.learning_rate)
+    learner = Learner(
+        base,
+        tokenizer,
+        config,
+        base_name=spec.base_model_source,
+        ranks=ranks,
+        between_tokens=journal.check,
+        notice=lambda message: journal.event("warning", message),
+    )
     if spec.resume:
-        progress = checkpoint.restore(artifacts, spec.resume.state_path, model, optimizer)
+        progress = checkpoint.restore(artifacts, spec.resume.state_path, learner.model, learner.optimizer)
         progress.last_checkpoint = spec.resume.checkpoint
     else:
         progress = Progress()
         if spec.continue_from_path:
-            _continue_from(model, artifacts, spec.continue_from_path, config)
+            _continue_from(learner.model, artifacts, spec.continue_from_path, config)
     progress.use_revision(spec.revision.revision)
-    engine = PlainEngine(model, tokenizer, lora.ROLLOUT, between_tokens=journal.check)
-    lora.deliver(model, engine, version=progress.step)
+    learner.deliver(version=progress.step)
 
     pool = RewardPool(spec.revision.functions)
     pool.start()
@@ -93,11 +97,8 @@ def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool]) -> Ite
         config=config,
         journal=journal,
         artifacts=artifacts,
-        model=model,
-        vocab=engine.vocab,
+        learner=learner,
         max_tokens=min(config.sampling_params.max_tokens, context or config.sampling_params.max_tokens),
-        engine=engine,
-        optimizer=optimizer,
         batches=Batches(train, config.prompts_per_step, config.seed),
         held_out=held_out,
         total_steps=total_steps,
@@ -107,6 +108,7 @@ def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool]) -> Ite
         yielding=yielding,
     )
     log.info("%d rows, %d held out, steps %d to %d", len(train), len(held_out), progress.step + 1, total_steps)
+    log.info("%s", learner.path)
     try:
         yield run
     finally:
@@ -163,13 +165,7 @@ def _remarks(
         yield f"warmup_ratio={config.warmup_ratio} cannot act with lr_scheduler constant: use constant_with_warmup"
     if "8bit" in config.optimizer.type or "paged" in config.optimizer.type:
         yield f"optimizer {config.optimizer.type}: AdamW runs with 32-bit states in ordinary memory"
-    if (config.clip_low, config.clip_high) != (fields["clip_low"].default, fields["clip_high"].default):
-        yield "clip_low and clip_high cannot act: with one update per batch the ratio they bound is 1"
-    if sampling.top_k or sampling.top_p < 1:
-        yield (
-            f"completions are drawn with top_k={sampling.top_k} and top_p={sampling.top_p}, but log-probs are those "
-            "of the whole distribution: the loss treats what was cut off as possible"
-        )
+    yield from dead_settings(config)
     if total_steps < RECOMMENDED_STEPS:
         yield f"{total_steps} steps are fewer than the recommended {RECOMMENDED_STEPS}"
 

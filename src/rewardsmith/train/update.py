@@ -1,36 +1,88 @@
-"""One optimizer step: the gradient of the loss over a whole batch, clipped, and AdamW at the step's learning rate.
+"""The optimizer's part of a step: gradients of the loss over a whole batch, clipped, and AdamW at the step's rate.
 
-There is one update per batch, so the policy that learns is the policy that sampled: the ratio in the loss is to its
-own log-probs, detached, and no pass is spent on old ones. The reference is the same model with the adapter off.
+A batch is learned from `updates_per_batch` times. In the first update the policy that learns is the policy that
+sampled, so its own log-probs, detached, are the old ones and no pass is spent on them; further updates take those of
+the first.
+How a gradient comes about is the business of a `GradientPath`: `plain` by the transformers model itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Protocol, Self
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from rewardsmith.config import GRPOConfig, OptimizerConfig, SchedulerConfig
 from rewardsmith.errors import ModelError
 from rewardsmith.rollout.sampling import completion_seed
-from rewardsmith.train.batch import Example, micro_batches, token_logps
-from rewardsmith.train.grpo import k3, policy_losses
-from rewardsmith.train.lora import POLICY, parameters
+from rewardsmith.train.batch import Example
+from rewardsmith.train.lora import parameters
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What came out beside the gradient itself, summed over the tokens that it was computed from.
+
+    `kl` is k3's to the reference in nats, None without a reference pass; `clipped_low`, `clipped_high` and `tokens` are
+    numbers of tokens. `logps` are the policy's, one tensor per example in the order given, None for an example that has
+    no gradient and was passed over.
+    """
+
+    loss: float
+    kl: float | None
+    clipped_low: int
+    clipped_high: int
+    tokens: int
+    logps: list[Tensor | None]
+
+    @classmethod
+    def total(cls, parts: Sequence[Self]) -> Self:
+        """Of parts of one batch, their examples one part after the other."""
+        kls = [part.kl for part in parts if part.kl is not None]
+        return cls(
+            loss=sum(part.loss for part in parts),
+            kl=sum(kls) if kls else None,
+            clipped_low=sum(part.clipped_low for part in parts),
+            clipped_high=sum(part.clipped_high for part in parts),
+            tokens=sum(part.tokens for part in parts),
+            logps=[logps for part in parts for logps in part.logps],
+        )
+
+
+class GradientPath(Protocol):
+    def gradient(
+        self, examples: Sequence[Example], config: GRPOConfig, old_logps: list[Tensor | None] | None
+    ) -> Gradient:
+        """Adds the gradient of the whole batch's loss to `.grad` of the policy's parameters.
+
+        `old_logps` are the `logps` of the first update on this batch, None in that update.
+        """
+
+    def reference_logps(self, examples: Sequence[Example], config: GRPOConfig) -> list[Tensor]:
+        """Log-probs of each completion's tokens with the adapter off, in the order of `examples`."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """`kl` to the reference is the mean over the trained tokens in nats, None without a reference pass."""
+    """One step; with several updates on its batch the numbers are their means.
+
+    `kl` to the reference is per trained token in nats, None without a reference pass. `clipped_low` and `clipped_high`
+    are shares of the trained tokens. `logps` are the policy's before the step, as in `Gradient`.
+    """
 
     loss: float
     kl: float | None
     grad_norm: float
     learning_rate: float
+    clipped_low: float = 0.0
+    clipped_high: float = 0.0
+    logps: list[Tensor | None] = field(default_factory=list)
 
 
 def update(
@@ -38,74 +90,46 @@ def update(
     optimizer: torch.optim.Optimizer,
     examples: Sequence[Example],
     config: GRPOConfig,
+    path: GradientPath,
     *,
-    vocab: int,
     step: int,
     total_steps: int,
+    between_updates: Callable[[], None] = lambda: None,
 ) -> Update:
-    """Learns from `examples`, the whole batch of `step` (from 1).
+    """Learns from `examples`, the whole batch of `step` (from 1). `between_updates` is called before each further
+    update, for a path that keeps weights of its own.
 
     Raises ModelError for a gradient that is not a number.
     """
     learning_rate = config.learning_rate * rate_factor(config.lr_scheduler, config.warmup_ratio, step, total_steps)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    torch.manual_seed(completion_seed(config.seed, "dropout", step))
-    optimizer.zero_grad(set_to_none=False)
-    loss, kl = add_gradient(model, examples, config, vocab)
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters(model), config.max_grad_norm))
-    if not math.isfinite(grad_norm):
-        raise ModelError(f"the gradient of step {step} is not a number; a lower learning_rate often helps")
-    # Also without any signal: AdamW goes on by its momentum, as it would for a gradient that happens to be zero.
-    optimizer.step()
-    return Update(loss, kl, grad_norm, learning_rate)
-
-
-def add_gradient(
-    model: PeftModel, examples: Sequence[Example], config: GRPOConfig, vocab: int
-) -> tuple[float, float | None]:
-    """Adds the gradient of the batch's loss to the policy's parameters. Returns loss and KL to the reference."""
-    model.set_adapter(POLICY)
-    _only_adapter_dropout(model)
-    # Without KL a completion of advantage 0 has no gradient at all; its weight is in the others' denominators.
-    learned = [example for example in examples if example.weight and (example.advantage or config.beta)]
-    temperature = config.sampling_params.temperature
-    loss, kl, tokens = 0.0, 0.0, 0
-    for batch in micro_batches(learned, vocab, model.device):
-        reference_logps_N = None
-        if config.beta:
-            with torch.no_grad(), model.disable_adapter():
-                reference_logps_N = token_logps(model, batch, temperature, vocab)
-        logps_N = token_logps(model, batch, temperature, vocab)
-        losses_N = policy_losses(
-            logps_N, logps_N.detach(), batch.advantages_N.to(logps_N), config.clip_low, config.clip_high
-        )
-        if reference_logps_N is not None:
-            kl_N = k3(logps_N, reference_logps_N)
-            losses_N = losses_N + config.beta * kl_N
-            kl += float(kl_N.detach().sum())
-        part: Tensor = (losses_N * batch.weights_N.to(logps_N)).sum()
-        part.backward()  # type: ignore[no-untyped-call]
-        loss += float(part.detach())
-        tokens += len(logps_N)
-    return loss, kl / max(tokens, 1) if config.beta else None
-
-
-@torch.no_grad()
-def policy_logps(model: PeftModel, examples: Sequence[Example], config: GRPOConfig, vocab: int) -> list[Tensor]:
-    """Log-probs of each completion's tokens under the policy, without dropout, in the order of `examples`."""
-    model.set_adapter(POLICY)
-    model.eval()
-    one_by_one = [next(micro_batches([example], vocab, model.device)) for example in examples]
-    return [token_logps(model, batch, config.sampling_params.temperature, vocab) for batch in one_by_one]
-
-
-def _only_adapter_dropout(model: PeftModel) -> None:
-    """The base model's own dropout stays off: it would make the policy another one than the engine sampled with."""
-    model.eval()
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and POLICY in module.lora_dropout:
-            module.lora_dropout[POLICY].train()
+    gradients: list[Gradient] = []
+    norms: list[float] = []
+    for number in range(config.updates_per_batch):
+        if number:
+            between_updates()
+        # The same masks in every update of a step: the ratio is of one thinned network to itself.
+        torch.manual_seed(completion_seed(config.seed, "dropout", step))
+        optimizer.zero_grad(set_to_none=False)
+        gradients.append(path.gradient(examples, config, gradients[0].logps if gradients else None))
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters(model), config.max_grad_norm)))
+        if not math.isfinite(norms[-1]):
+            raise ModelError(f"the gradient of step {step} is not a number; a lower learning_rate often helps")
+        # Also without any signal: AdamW goes on by its momentum, as it would for a gradient that happens to be zero.
+        optimizer.step()
+    # Which tokens have a gradient is the same in every update, so these are means over updates and tokens.
+    whole = Gradient.total(gradients)
+    tokens = max(whole.tokens, 1)
+    return Update(
+        loss=whole.loss / len(gradients),
+        kl=None if whole.kl is None else whole.kl / tokens,
+        grad_norm=fmean(norms),
+        learning_rate=learning_rate,
+        clipped_low=whole.clipped_low / tokens,
+        clipped_high=whole.clipped_high / tokens,
+        logps=gradients[0].logps,
+    )
 
 
 def make_optimizer(model: PeftModel, config: OptimizerConfig, learning_rate: float) -> torch.optim.AdamW:

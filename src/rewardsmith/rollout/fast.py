@@ -1,0 +1,118 @@
+"""The fast engine: fused weights, each prompt read once for its group, continuous batching, native kernels.
+
+It computes what transformers computes for the families of `architecture` (tests hold it to that) and needs nothing but
+`Weights`, so that a process without a transformers model can sample. `generate` is a loop over `Batch`, which serving
+uses by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from rewardsmith.errors import DeliveryError
+from rewardsmith.rollout.adapter import Fingerprint
+from rewardsmith.rollout.batch import Batch, Request
+from rewardsmith.rollout.decode import Decoder
+from rewardsmith.rollout.engine import Completion, decoder
+from rewardsmith.rollout.kernels import Kernels, choose
+from rewardsmith.rollout.weights import Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rewardsmith.config import SamplingParamsConfig
+
+SLOTS = 64  # sequences at once: matrix products of fewer rows are slower, of more rows hardly faster
+
+
+class FastEngine:
+    """Samples with `weights` as they are: base, bound adapter, merged or not.
+
+    Without a tokenizer, completions have no text (`engine.with_text` adds it) and stop strings cannot be asked for.
+    `between_tokens` is called once per decode step and may raise to end it all. `kernel` says what computes: "native",
+    or "torch: " and why.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        stop_ids: Sequence[int],
+        vocab: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        between_tokens: Callable[[], None] = lambda: None,
+        slots: int = SLOTS,
+        cache_bytes: int | None = None,
+        kernels: Kernels | None = None,
+    ) -> None:
+        kernels = kernels or choose(weights.architecture, weights.embed_VH)
+        self.kernel = kernels.name
+        self.vocab = vocab
+        self._weights = weights
+        self._between_tokens = between_tokens
+        self.batch = Batch(
+            Decoder(weights, kernels, vocab),
+            stop_ids=stop_ids,
+            slots=slots,
+            cache_bytes=cache_bytes,
+            decode=decoder(tokenizer) if tokenizer is not None else None,
+        )
+
+    @property
+    def version(self) -> int:
+        return self._weights.version
+
+    def load_adapter(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Copies the tensors into the bound adapter, and makes the merged weights anew where there are any."""
+        self.take_adapter(tensors, version)
+        self._weights.merge()
+
+    def take_adapter(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Copies the tensors; for a caller that sees to `Weights.merge` itself."""
+        mine = self._weights.adapter()
+        if mine.keys() != tensors.keys():
+            odd = sorted(mine.keys() ^ tensors.keys())
+            raise DeliveryError(
+                f"policy version {version} does not fit the engine's adapter: {len(odd)} names differ, first {odd[0]}"
+            )
+        for name, tensor in mine.items():
+            if tensor.shape != tensors[name].shape:
+                raise DeliveryError(
+                    f"policy version {version} does not fit the engine's adapter: {name} has another shape"
+                )
+            tensor.copy_(tensors[name])
+        self._weights.version = version
+
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint.of(self._weights.adapter())
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        num_generations: int | Sequence[int],
+        params: SamplingParamsConfig,
+        seeds: Sequence[int],
+    ) -> Generator[tuple[int, list[Completion]], None, None]:
+        """As `Engine.generate`; `num_generations` may also be one number per prompt."""
+        counts = [num_generations] * len(prompts) if isinstance(num_generations, int) else list(num_generations)
+        groups: list[list[Completion | None]] = [[None] * count for count in counts]
+        missing = list(counts)
+        call = object()
+        numbered = [(i, n) for i, count in enumerate(counts) for n in range(count)]
+        keys = {(call, i, n) for i, n in numbered}
+        try:
+            for (i, n), seed in zip(numbered, seeds, strict=True):
+                self.batch.submit(Request((call, i, n), prompts[i], seed, params))
+            while any(missing):
+                self._between_tokens()
+                for request, completion in self.batch.step().finished:
+                    _, i, n = request.key  # type: ignore[misc]
+                    groups[i][n] = completion
+                    missing[i] -= 1
+                    if not missing[i]:
+                        yield i, groups[i]  # type: ignore[misc]
+        finally:
+            self.batch.cancel(keys)

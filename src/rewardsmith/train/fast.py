@@ -1,0 +1,135 @@
+"""The gradient and the log-probs of one rank, from fused weights, without transformers.
+
+One micro-batch after the other: `packed` lays its tokens end to end, `layers.run` computes them with the operations of
+`backward` and `attention`, `head` makes the loss and its derivative by the last hidden states, autograd goes back. How
+large a micro-batch may be is `memory`'s business. The plain path (`plain`) computes the same and is the measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rewardsmith.rollout.layers import PlainOps, run
+from rewardsmith.rollout.weights import Weights
+from rewardsmith.train.attention import PackedAttention
+from rewardsmith.train.backward import AdapterGradient, BaseOps, TrainedOps
+from rewardsmith.train.batch import Example, has_gradient, token_batch
+from rewardsmith.train.head import Head, PackLoss
+from rewardsmith.train.losses import LossSettings
+from rewardsmith.train.memory import Budget, out_of_memory
+from rewardsmith.train.packed import length, pack, split
+from rewardsmith.train.update import Gradient
+
+
+def gradient(
+    weights: Weights,
+    examples: Sequence[Example],
+    settings: LossSettings,
+    *,
+    temperature: float,
+    vocab: int,
+    gradients: Mapping[str, Tensor],
+    budget: Budget,
+    old_logps: Sequence[Tensor | None] | None = None,
+) -> Gradient:
+    """Adds d loss / d A and d B to `gradients`, which has the names and shapes of `weights.adapter()`.
+
+    `old_logps` are the `logps` of the first update on these examples, None in that update. When memory runs out it
+    begins again with less at a time. Raises ModelError when not even one completion fits.
+    """
+    learned = [place for place, example in enumerate(examples) if has_gradient(example, settings)]
+    longest = max((length(examples[place]) for place in learned), default=0)
+    head = Head(weights, temperature, vocab)
+    while True:
+        total = AdapterGradient(weights)
+        try:
+            found = _gradient(weights, examples, learned, settings, head, total, budget, old_logps)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        else:
+            total.add_to(gradients)
+            return found
+        # Only here has Python let go of what the failed attempt held.
+        budget.shrink(longest)
+
+
+def _gradient(
+    weights: Weights,
+    examples: Sequence[Example],
+    learned: Sequence[int],
+    settings: LossSettings,
+    head: Head,
+    total: AdapterGradient,
+    budget: Budget,
+    old_logps: Sequence[Tensor | None] | None,
+) -> Gradient:
+    """Of the examples at `learned`, added to `total`."""
+    ops = TrainedOps(total)
+    logps: list[Tensor | None] = [None] * len(examples)
+    parts = []
+    for places in split(examples, learned, budget.rows(weights)):
+        batch = pack(examples, places).to(weights.embed_VH.device)
+        attend = PackedAttention(weights.architecture, batch, weights.embed_VH.dtype)
+        tokens = token_batch([examples[place] for place in places], _chosen(old_logps, places))
+        if settings.beta:
+            with torch.no_grad():
+                reference_PH = run(weights, batch.ids_R, attend, BaseOps(), batch.predicting_P)
+                tokens = replace(tokens, reference_logps_N=head.logps(reference_PH, batch))
+        h_PH = run(weights, batch.ids_R, attend, ops, batch.predicting_P)
+        with torch.no_grad():
+            loss, d_PH = head.gradient(h_PH.detach(), batch, tokens, settings)
+        torch.autograd.backward(h_PH, d_PH)
+        parts.append(loss)
+        for place, logps_T in zip(places, loss.logps_N.split(batch.lengths), strict=True):
+            logps[place] = logps_T
+    return _summed(parts, logps, settings)
+
+
+def _summed(parts: Sequence[PackLoss], logps: list[Tensor | None], settings: LossSettings) -> Gradient:
+    if not parts:
+        return Gradient(0.0, 0.0 if settings.beta else None, 0, 0, 0, logps)
+    whole = PackLoss.total(parts)
+    return Gradient(
+        loss=float(whole.loss),
+        kl=None if whole.kl is None else float(whole.kl),
+        clipped_low=int(whole.clipped_low),
+        clipped_high=int(whole.clipped_high),
+        tokens=len(whole.logps_N),
+        logps=logps,
+    )
+
+
+@torch.no_grad()
+def logps(
+    weights: Weights, examples: Sequence[Example], temperature: float, vocab: int, *, base: bool = False
+) -> list[Tensor]:
+    """Log-probs of each completion's tokens under the policy, or with `base` under the model without its adapter.
+
+    In the order of `examples`, float32 at least.
+    """
+    head, ops = Head(weights, temperature, vocab), BaseOps() if base else PlainOps()
+    found: dict[int, Tensor] = {}
+    for places in split(examples, range(len(examples)), Budget(weights.architecture).rows(weights)):
+        batch = pack(examples, places).to(weights.embed_VH.device)
+        attend = PackedAttention(weights.architecture, batch, weights.embed_VH.dtype)
+        logps_N = head.logps(run(weights, batch.ids_R, attend, ops, batch.predicting_P), batch)
+        found |= dict(zip(places, logps_N.split(batch.lengths), strict=True))
+    return [found[place] for place in range(len(examples))]
+
+
+def cost(example: Example, settings: LossSettings) -> float:
+    """What an example adds to the time of `gradient`, in rows of a pack; to divide a batch fairly."""
+    return float(len(example.completion)) if has_gradient(example, settings) else 0.0
+
+
+def _chosen(old_logps: Sequence[Tensor | None] | None, places: Sequence[int]) -> list[Tensor] | None:
+    if old_logps is None:
+        return None
+    chosen = [logps for place in places if (logps := old_logps[place]) is not None]
+    assert len(chosen) == len(places), "what has a gradient in one update of a batch has one in the first"
+    return chosen

@@ -1,0 +1,228 @@
+"""Data parallel on one machine: this process is rank 0, worker processes of one thread each are the others.
+
+All ranks read the same weights in shared memory. Each makes a part of the merged copy, samples a share of the
+completions, and computes the gradient of a share of the batch into a row of its own; rank 0 adds the rows up. The
+global batch defines the loss, so the number of ranks changes nothing but rounding. What one rank does is in `rank`, who
+gets which completions in `shares`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from multiprocessing.connection import wait
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.multiprocessing  # lets tensors in shared memory travel through pipes
+from torch import Tensor
+
+from rewardsmith.rollout.adapter import Fingerprint
+from rewardsmith.rollout.engine import Completion
+from rewardsmith.rollout.weights import Weights
+from rewardsmith.train import fast
+from rewardsmith.train.batch import Example
+from rewardsmith.train.losses import LossSettings
+from rewardsmith.train.rank import Rank, Sampling, new_rows
+from rewardsmith.train.shares import Slice, shares
+from rewardsmith.train.update import Gradient
+from rewardsmith.train.worker import Worker
+
+if TYPE_CHECKING:
+    from rewardsmith.config import SamplingParamsConfig
+
+MAX_RANKS = 8
+# Base weights up to which one more rank is faster than one more thread: measured, docs/benchmarks.md.
+SMALL_MODEL_BYTES = 512 * 2**20
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def useful_workers() -> int:
+    """Workers beside this process that a small model can use: one for each other core; none beside a GPU."""
+    return 0 if torch.cuda.is_available() else min(available_cores(), MAX_RANKS) - 1
+
+
+class Ranks:
+    """Start it early, before the process has a model and threads; `load` then gives it the weights to work with.
+
+    Samples as an `Engine` does, with all ranks. Use it as a context manager, or `close` it.
+    """
+
+    def __init__(self, workers: int = 0) -> None:
+        # A forked worker shares what this process has loaded so far, torch above all. Elsewhere forking is not safe.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self._workers: list[Worker] = []
+        for number in range(1, workers + 1):
+            self._workers.append(Worker(context, number, self._workers))
+
+    @property
+    def count(self) -> int:
+        return 1 + len(self._workers)
+
+    def load(
+        self,
+        weights: Weights,
+        sampling: Sampling,
+        between_tokens: Callable[[], None] = lambda: None,
+        notice: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """Takes over `weights` with its bound adapter. `notice` hears what a user should know of.
+
+        Workers that a model of this size has no use for end here, and this process takes their threads.
+        """
+        self._between_tokens = between_tokens
+        self._end_useless_workers(weights, notice)
+        torch.set_num_threads(1 if self._workers else available_cores())
+        self._rows_RF = new_rows(weights, self.count)
+        if self._workers:
+            weights.share()
+            self._rows_RF.share_memory_()
+        for worker in self._workers:
+            worker.order("load", worker.number, self.count, weights, self._rows_RF[worker.number], sampling)
+        self._own = Rank.make(0, self.count, weights, self._rows_RF[0], sampling, self._between)
+        self._own.budget.notice = notice
+        self._answers()
+
+    def _end_useless_workers(self, weights: Weights, notice: Callable[[str], None]) -> None:
+        size = sum(projection.base_OI.nbytes for projection in weights.projections) + weights.embed_VH.nbytes
+        keep = size <= SMALL_MODEL_BYTES and weights.embed_VH.device.type == "cpu"
+        if keep and self._workers and not _fits_shared_memory(3 * size):
+            notice("one process trains: /dev/shm is too small for more; in a container, raise --shm-size")
+            keep = False
+        if not keep:
+            self.close()
+
+    # ---- Engine -----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[list[int]], num_generations: int, params: SamplingParamsConfig, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """As `Engine.generate`: every group as soon as it is whole. A group may be drawn by two ranks."""
+        costs = [[params.max_tokens + len(prompt) / num_generations] * num_generations for prompt in prompts]
+        divided = shares(costs, self.count)
+        drawn: list[list[Completion | None]] = [[None] * num_generations for _ in prompts]
+
+        def work(share: list[Slice]) -> tuple[Any, ...]:
+            own_seeds = [seeds[s.group * num_generations + n] for s in share for n in range(s.start, s.stop)]
+            return [prompts[s.group] for s in share], [s.stop - s.start for s in share], params, own_seeds
+
+        def whole(piece: Slice, completions: list[Completion]) -> Iterator[tuple[int, list[Completion]]]:
+            group = drawn[piece.group]
+            group[piece.start : piece.stop] = completions
+            if None not in group:
+                yield piece.group, [completion for completion in group if completion is not None]
+
+        def received() -> Iterator[tuple[int, list[Completion]]]:
+            for worker in self._workers:
+                while worker.groups:
+                    place, completions = worker.groups.popleft()
+                    yield from whole(divided[worker.number][place], completions)
+
+        try:
+            for worker in self._workers:
+                worker.order("generate", *work(divided[worker.number]))
+            for place, completions in self._own.generate(*work(divided[0])):
+                yield from whole(divided[0][place], completions)
+                yield from received()
+            while busy := [worker.connection for worker in self._workers if worker.busy]:
+                wait(busy, timeout=0.1)
+                self._between()
+                yield from received()
+            yield from received()
+        finally:
+            for worker in self._workers:
+                worker.cancel()
+
+    def load_adapter(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Copies the policy's adapter and makes the merged weights anew, each rank a part of them.
+
+        Raises DeliveryError when it does not fit, and when what will be multiplied with is not base plus adapter.
+        """
+        self._own.engine.take_adapter(tensors, version)
+        for worker in self._workers:
+            worker.order("merge")
+        self._own.merge()
+        self._answers()
+        self._own.weights.verify(version)
+
+    def fingerprint(self) -> Fingerprint:
+        return self._own.engine.fingerprint()
+
+    # ---- Gradient ---------------------------------------------------------------------------------------------------
+
+    def gradient(
+        self,
+        examples: Sequence[Example],
+        settings: LossSettings,
+        temperature: float,
+        old_logps: list[Tensor | None] | None = None,
+    ) -> tuple[Gradient, Mapping[str, Tensor]]:
+        """Of the whole batch; the tensors have the adapter's names and are overwritten by the next call."""
+        groups = _by_prompt(examples)
+        divided = shares([[fast.cost(examples[i], settings) for i in group] for group in groups], self.count)
+        places = [[i for s in share for i in groups[s.group][s.start : s.stop]] for share in divided]
+
+        def work(mine: list[int]) -> tuple[Any, ...]:
+            old = None if old_logps is None else [old_logps[i] for i in mine]
+            return [examples[i] for i in mine], settings, temperature, old
+
+        for worker in self._workers:
+            worker.order("gradient", *work(places[worker.number]))
+        parts = [self._own.gradient(*work(places[0])), *self._answers()]
+        for row_F in self._rows_RF[1:]:
+            self._rows_RF[0] += row_F
+        return _sum(parts, places), self._own.gradients
+
+    def reference_logps(self, examples: Sequence[Example], temperature: float) -> list[Tensor]:
+        """Of each completion's tokens under the model with its adapter off, by this rank alone."""
+        return fast.logps(self._own.weights, examples, temperature, self._own.vocab, base=True)
+
+    # ---- Workers ----------------------------------------------------------------------------------------------------
+
+    def _between(self) -> None:
+        """Between two tokens of this rank: is the job still wanted? What the others have drawn is taken in."""
+        self._between_tokens()
+        for worker in self._workers:
+            worker.receive()
+
+    def _answers(self) -> list[Any]:
+        return [worker.answer() for worker in self._workers]
+
+    def close(self) -> None:
+        """Ends the workers."""
+        while self._workers:
+            self._workers.pop().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _fits_shared_memory(size: int) -> bool:
+    return not os.path.isdir("/dev/shm") or shutil.disk_usage("/dev/shm").free > size
+
+
+def _by_prompt(examples: Sequence[Example]) -> list[list[int]]:
+    """Places of the examples of each prompt, in the order in which the prompts come first."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(tuple(example.prompt), []).append(i)
+    return list(groups.values())
+
+
+def _sum(parts: Sequence[Gradient], places: Sequence[Sequence[int]]) -> Gradient:
+    """The parts of all ranks as one, log-probs in the order of the whole batch."""
+    logps: dict[int, Tensor | None] = {}
+    for part, mine in zip(parts, places, strict=True):
+        logps |= dict(zip(mine, part.logps, strict=True))
+    return replace(Gradient.total(parts), logps=[logps[i] for i in range(len(logps))])

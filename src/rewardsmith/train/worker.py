@@ -1,0 +1,150 @@
+"""A worker process of the data-parallel ranks, seen from both sides: `Worker` is rank 0's handle, `_serve` runs inside.
+
+Orders go one at a time through a pipe, answers come back; while a worker samples, it sends each finished group. What it
+reads and writes besides lies in shared memory. A worker ends when its pipe does, so none outlives rank 0. What is
+computed is in `rank`.
+"""
+
+from __future__ import annotations
+
+import signal
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from typing import Any
+
+import torch
+
+from rewardsmith.errors import JobError, RewardsmithError
+from rewardsmith.train.rank import Rank
+
+ENDS_WITHIN = 5.0  # seconds a worker has to end by itself once its pipe is closed
+
+
+class Worker:
+    """`groups` are the finished groups that were not asked for yet: (place in the order, completions)."""
+
+    def __init__(self, context: Any, number: int, others: Sequence[Worker]) -> None:
+        self.number = number
+        self.connection, theirs = context.Pipe()
+        # A forked worker has copies of these ends; left open, they would keep the other workers alive without rank 0.
+        foreign = [worker.connection for worker in others] + [self.connection]
+        self._process = context.Process(
+            target=_serve, args=(theirs, foreign if _forks(context) else []), name=f"rank {number}", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self.busy = False
+        self.groups: deque[tuple[int, Any]] = deque()
+        self._result: Any = None
+
+    def order(self, name: str, *arguments: Any) -> None:
+        """Gives the worker something to do. Raises JobError when it is gone."""
+        self.busy = True
+        try:
+            self.connection.send((name, *arguments))
+        except OSError:
+            raise self._gone() from None
+
+    def receive(self) -> None:
+        """Takes in what has arrived, without waiting. Raises what the worker raised, or JobError when it is gone."""
+        while self.busy and self.connection.poll():
+            self._receive_one()
+
+    def answer(self) -> Any:
+        """Waits for the result of the order. Raises as `receive` does."""
+        while self.busy:
+            self._receive_one()
+        return self._result
+
+    def cancel(self) -> None:
+        """Ends a sampling order early and forgets what it brought."""
+        if self.busy:
+            self.connection.send(("cancel",))
+            self.answer()
+        self.groups.clear()
+
+    def close(self) -> None:
+        self.connection.close()
+        self._process.join(ENDS_WITHIN)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _receive_one(self) -> None:
+        try:
+            kind, content = self.connection.recv()
+        except (EOFError, OSError):
+            raise self._gone() from None
+        if kind == "group":
+            self.groups.append(content)
+            return
+        self.busy = False
+        if kind == "error":
+            raise content
+        self._result = content
+
+    def _gone(self) -> JobError:
+        self.busy = False
+        self._process.join(ENDS_WITHIN)
+        code = self._process.exitcode
+        cause = "it was killed, often for want of memory" if code == -signal.SIGKILL else f"exit status {code}"
+        return JobError(f"training rank {self.number} is gone ({cause}); the job goes on from its last checkpoint")
+
+
+class _Canceled(Exception):
+    """Rank 0 has something else to say, or is gone."""
+
+
+def _forks(context: BaseContext) -> bool:
+    return context.get_start_method() == "fork"
+
+
+def _serve(connection: Connection, foreign: Sequence[Connection]) -> None:
+    """Carries out orders until the pipe ends."""
+    for other in foreign:
+        other.close()
+    # The job process decides when to end; a terminal's Ctrl-C reaches the whole group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    rank: Rank | None = None
+    try:
+        while True:
+            name, *arguments = connection.recv()
+            try:
+                if name == "load":
+                    rank = Rank.make(*arguments, between_tokens=lambda: _stop_when_asked(connection))
+                    result = None
+                elif name == "cancel":
+                    continue  # it crossed the end of what it was to cancel
+                else:
+                    assert rank is not None, "the first order is load"
+                    result = _carry_out(connection, rank, name, arguments)
+                connection.send(("done", result))
+            except _Canceled:
+                connection.send(("done", None))
+            except RewardsmithError as error:
+                connection.send(("error", error))
+            except Exception as error:
+                connection.send(("error", JobError(f"a training rank failed: {error}\n{traceback.format_exc()}")))
+    except (EOFError, OSError):
+        return  # rank 0 is gone, or has closed the pipe
+
+
+def _carry_out(connection: Connection, rank: Rank, name: str, arguments: list[Any]) -> Any:
+    if name == "generate":
+        for group in rank.generate(*arguments):
+            connection.send(("group", group))
+        return None
+    if name == "merge":
+        return rank.merge()
+    assert name == "gradient", f"unknown order {name}"
+    return rank.gradient(*arguments)
+
+
+def _stop_when_asked(connection: Connection) -> None:
+    if connection.poll():
+        raise _Canceled
