@@ -4,7 +4,7 @@
 #   make test            check, then every test this machine can run
 #   make check           format, lint, types, layering
 #   make format          apply the formatter and the safe lint fixes
-#   make bench           the short set of benchmarks against TRL, on a machine with nothing else to do; tables, and JSON in build/bench
+#   make bench           the short set of benchmarks (the machine should have nothing else to do); JSON in build/bench
 
 BIN := .venv/bin
 # Two spinning OpenMP threads on a busy machine are many times slower than two that sleep while they wait.
@@ -37,7 +37,7 @@ bench: install
 	@mkdir -p build/bench
 	@for name in $(BENCHMARKS); do \
 		echo "== $$name"; \
-		$(BIN)/python bench/$$name.py --short --json build/bench/$$name.json 2>/dev/null || exit 1; \
+		$(BIN)/python bench/$$name.py --short --json build/bench/$$name.json || exit 1; \
 	done
 
 clean:

@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def compare(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of a case, printed as they come: `ours` is the prediction, `theirs` the measurement, `ratio` theirs to it."""
+    """Rows of a case: `ours` is the prediction, `theirs` the measurement, `ratio` theirs to ours."""
     predicted, measured = [], []
     for _ in range(options.repeats):
         measured.append(child("measure", name, options.clock))
@@ -87,6 +87,7 @@ def child(what: str, name: str, clock: str, tokens: int | None = None) -> dict[s
 
 def predict(name: str, tokens: int, one_thread: bool) -> dict[str, Any]:
     from rewardsmith.train.estimate import estimate
+    from rewardsmith.train.ranks import Ranks
 
     _limit_threads(one_thread)
     config, prompts = _setting(name)
@@ -103,7 +104,7 @@ def predict(name: str, tokens: int, one_thread: bool) -> dict[str, Any]:
             layers = CASES[name].layers
             text |= {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
             Path(folder, "config.json").write_text(json.dumps(text))
-        given: dict[str, Any] = {"workers": 0, "clock": time.process_time} if one_thread else {}
+        given: dict[str, Any] = {"start": Ranks, "clock": time.process_time} if one_thread else {}
         found = estimate(folder, config, round(fmean(map(len, prompts))), tokens, **given)
     assert found.seconds is not None, found.unmeasured
     return {
@@ -115,17 +116,15 @@ def predict(name: str, tokens: int, one_thread: bool) -> dict[str, Any]:
 
 
 def measure(name: str, _: int, one_thread: bool) -> dict[str, Any]:
-    import torch
-
     from rewardsmith.train.batch import Example
     from rewardsmith.train.forecast import peak_bytes
     from rewardsmith.train.learner import Learner
-    from rewardsmith.train.ranks import Ranks, useful_workers
+    from rewardsmith.train.ranks import Ranks
 
     _limit_threads(one_thread)
     clock = time.process_time if one_thread else time.perf_counter
     config, prompts = _setting(name)
-    with Ranks(0 if one_thread else useful_workers()) as ranks:
+    with Ranks() if one_thread else Ranks.of_this_machine() as ranks:
         learner = Learner(*_model(name), config, ranks=ranks)
         learner.deliver(0)
         found: dict[str, list[float]] = {phase: [] for phase in (*PHASES, "tokens")}
@@ -148,7 +147,6 @@ def measure(name: str, _: int, one_thread: bool) -> dict[str, Any]:
             for phase, value in zip(found, values, strict=True):
                 found[phase].append(value)
         memory = (peak_bytes() or 0) / 2**20
-    del torch
     middle = {phase: median(values[1:]) for phase, values in found.items()}
     return middle | {"step": sum(middle[phase] for phase in PHASES), "memory": memory}
 
@@ -157,13 +155,24 @@ def _setting(name: str) -> tuple[Any, list[list[int]]]:
     """The config of a case and its prompts."""
     if name != COUNTDOWN:
         from cases import CASES, make_prompts
-        from ours import settings
 
-        return settings(CASES[name]), make_prompts(CASES[name])
+        from rewardsmith.config import GRPOConfig, SamplingParamsConfig
+
+        case = CASES[name]
+        config = GRPOConfig(
+            base_model=name,
+            train_steps=1000,
+            rank=case.rank,
+            lora_alpha=case.lora_alpha,
+            beta=0.0,
+            effective_batch_size=case.completions,
+            num_generations=case.group,
+            sampling_params=SamplingParamsConfig(max_tokens=case.new_tokens),
+        )
+        return config, make_prompts(case)
+    from rewardsmith.catalog import EMBEDDED
     from rewardsmith.demo import countdown, run
     from rewardsmith.train.model import load_base
-
-    from rewardsmith.catalog import EMBEDDED
 
     _, tokenizer = load_base(str(EMBEDDED))
     return run.config(0), [tokenizer.encode(row["prompt"]) for row in countdown.rows("train", 64)]
@@ -185,11 +194,11 @@ def _limit_threads(one_thread: bool) -> None:
         return
     import torch
 
-    from rewardsmith.train import learner, ranks
+    from rewardsmith.train import estimate, learner, ranks
 
     torch.set_num_threads(1)
     # The learner would take all cores.
-    ranks.available_cores = learner.available_cores = lambda: 1
+    estimate.available_cores = ranks.available_cores = learner.available_cores = lambda: 1
 
 
 if __name__ == "__main__":

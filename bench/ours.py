@@ -1,7 +1,7 @@
 """Our side, in a process of its own: `rewardsmith.train.learner.Learner`, stepped by commands on standard input.
 
 The same commands and answers as `theirs`. It does what `train/loop.py` does in a step, without server, files and reward
-processes: generate, score each group as it comes, advantages, update, deliver. Started by `harness.Worker`.
+processes: generate, score each group as it comes, advantages, update, deliver. Started by `workers.Worker`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from cases import Case, as_text, make_model, make_prompts, make_tokenizer, reward
-from harness import Commands, cuda_peak
+from workers import Commands, cuda_peak
 
 from rewardsmith.config import GRPOConfig, OptimizerConfig, SamplingParamsConfig, SchedulerConfig
 from rewardsmith.rollout.engine import Completion
 from rewardsmith.rollout.prompts import Prompt
 from rewardsmith.rollout.sampling import completion_seed
 from rewardsmith.train.learner import Learner
-from rewardsmith.train.ranks import Ranks, useful_workers
+from rewardsmith.train.ranks import Ranks
 from rewardsmith.train.samples import Sample, examples, with_advantages
 
 FOREVER = 10**6
@@ -155,7 +155,7 @@ def main() -> None:
     load = commands.next()
     case, workers = Case.of(load["case"]), load["workers"]
     # As a job does: ranks start before the process has a model and threads.
-    with Ranks(useful_workers() if workers is None else workers) as ranks:
+    with Ranks.of_this_machine() if workers is None else Ranks(workers) as ranks:
         model = make_model(case)
         commands.answer({"cuda_peak": cuda_peak()})
         if commands.next() is not None:  # "open"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT, COLUMNS = 250, 190, 4
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 30, 34  # room around a panel's axes
+LEFT, RIGHT, TOP, BOTTOM = 46, 20, 30, 34  # room around a panel's axes
 COLOURS = ("#1f2937", "#2563eb", "#d97706")
 STYLE = "text{font:11px sans-serif;fill:#374151}.t{font-weight:bold}.g{stroke:#e5e7eb}.a{stroke:#9ca3af}"
 

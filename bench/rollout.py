@@ -9,8 +9,9 @@ are compared with those that transformers computes for the same tokens.
 from __future__ import annotations
 
 from cases import Case
-from harness import Report, Row, arguments, interleaved, repeats_of, reporting
+from harness import Report, Row, arguments, repeats_of, reporting
 from sides import Setting, both, chosen, fastest_setting
+from workers import interleaved
 
 
 def compare(case: Case, report: Report, setting: Setting | None, repeats: int, only: str | None) -> None:

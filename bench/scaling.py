@@ -35,10 +35,10 @@ SWEEPS: dict[str, tuple[Make, list[int]]] = {
 SERIES = {"step": "seconds", "rollout": "generate", "update": "update"}
 
 
-def sweep(name: str, make: Make, points: list[int], report: Report, repeats: int) -> Panel:
+def sweep(name: str, make: Make, points: list[int], report: Report, repeats: int, device: str) -> Panel:
     series: dict[str, list[float]] = {metric: [] for metric in SERIES}
     for point in points:
-        with open_ours(make(point)) as worker:
+        with open_ours(replace(make(point), device=device)) as worker:
             worker.ask("step")  # warm
             readings = [worker.measure("step") for _ in range(repeats)]
         for metric, key in SERIES.items():
@@ -56,12 +56,15 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the plot here")
     options = parser.parse_args()
+    if options.only == "theirs":
+        parser.error("only our side is measured here")
     with reporting("scaling", options.json) as report:
         panels = []
         for name, (make, points) in SWEEPS.items():
             if not options.cases or name in options.cases:
                 taken = points[::2] if options.short else points
-                panels.append(sweep(name, make, taken, report, repeats_of(options, full=3, short=1)))
+                repeats = repeats_of(options, full=3, short=1)
+                panels.append(sweep(name, make, taken, report, repeats, options.device))
         if options.svg:
             options.svg.write_text(small_multiples(panels, "seconds"))
 

@@ -1,6 +1,6 @@
 """Opens both sides of a comparison: our worker, TRL's worker at its best settings, and the peak memory of each.
 
-The workers themselves are `ours` and `theirs`; how they are measured is in `harness`.
+The workers themselves are `ours` and `theirs`; how they are measured is in `workers`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cases import CASES, CPU_CASES, GPU_CASES, Case
-from harness import BenchError, MemoryPeak, Report, Row, Worker, tree_memory
+from harness import Report, Row
+from workers import BenchError, MemoryPeak, Worker, tree_memory
 
 MIB = 2**20
 
@@ -127,6 +128,7 @@ def fastest_setting(
                 best, best_seconds = setting, seconds
         except BenchError as error:
             entry["failed"] = str(error)[-300:]
+            print(f"left out, TRL failed with {setting.words}: {entry['failed']}")
         tried.append(entry)
     if best is None:
         raise BenchError(f"TRL ran with none of its settings on case {case.name}: {tried}")

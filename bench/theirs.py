@@ -1,7 +1,7 @@
 """TRL's side, in a process of its own: its GRPOTrainer, unchanged, stepped by commands on standard input.
 
 `GRPOTrainer.train` runs as it would for a user; a callback waits before each step for the next command. The phases are
-timed around TRL's own methods. Started by `harness.Worker`; with several ranks, one process each, as `torchrun` would
+timed around TRL's own methods. Started by `workers.Worker`; with several ranks, one process each, as `torchrun` would
 start them. The settings tried are listed in `sides`.
 """
 
@@ -17,11 +17,11 @@ import torch
 import transformers
 from cases import END, Case, as_text, make_model, make_prompts, make_tokenizer, reward
 from datasets import Dataset
-from harness import Commands, cuda_peak
 from peft import LoraConfig
 from sides import Setting
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from workers import Commands, cuda_peak
 
 FOREVER = 10**6
 

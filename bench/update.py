@@ -10,8 +10,9 @@ micro-batches and the optimizer step, not what it does between generation and th
 from __future__ import annotations
 
 from cases import Case
-from harness import Reading, Report, Row, arguments, repeats_of, reporting
+from harness import Report, Row, arguments, repeats_of, reporting
 from sides import Setting, both, chosen, fastest_setting
+from workers import Reading
 
 
 def compare(case: Case, report: Report, setting: Setting | None, repeats: int, only: str | None) -> None:

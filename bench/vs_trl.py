@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cases import Case
-from harness import Reading, Report, Row, arguments, interleaved, repeats_of, reporting
+from harness import Report, Row, arguments, repeats_of, reporting
 from sides import LEANEST, Setting, both, chosen, fastest_setting, peak_memory
+from workers import Reading, interleaved
 
 
 def compare(case: Case, report: Report, setting: Setting | None, repeats: int, only: str | None) -> None:

@@ -59,7 +59,9 @@ def update(case: Case, prompts: Sequence[int], groups: Sequence[Sequence[int]]) 
     """Forward, and a backward pass for activations and LoRA weights (none for base weights)."""
     lengths = [length for group in groups for length in group]
     tokens = sum(prompts) + sum(lengths) - len(lengths)  # the last token of each is not fed
-    flops = 2.0 * 2.0 * linear_parameters(case) * tokens + 4.0 * lora_parameters(case) * tokens
+    # Nothing below the first layer's q, k and v learns, so no gradient goes through these.
+    through = linear_parameters(case) - case.hidden * (case.hidden // case.heads) * (case.heads + 2 * case.kv_heads)
+    flops = 2.0 * (linear_parameters(case) + through) * tokens + 4.0 * lora_parameters(case) * tokens
     flops += 2.0 * 2.0 * case.vocab * case.hidden * sum(lengths)
     pairs = sum(p * (p + 1) / 2 for p in prompts)
     pairs += sum(n * p + n * (n - 1) / 2 for p, group in zip(prompts, groups, strict=True) for n in group)

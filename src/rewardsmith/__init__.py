@@ -10,6 +10,7 @@ from rewardsmith.config import (
     RewardFunction,
     RewardFunctionsConfig,
     RewardFunctionsRuntimeConfig,
+    SamplerCorrectionConfig,
     SamplingParamsConfig,
     SchedulerConfig,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "RewardSourceError",
     "Rewardsmith",
     "RewardsmithError",
+    "SamplerCorrectionConfig",
     "SamplingParamsConfig",
     "SchedulerConfig",
     "ServerError",

@@ -177,6 +177,7 @@ def test_weights_of_other_kinds_are_refused():
         expect_refusal(type(model)(model.config), "not in memory")
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

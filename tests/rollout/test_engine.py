@@ -1,6 +1,7 @@
 """What every engine has to do, on the plain one and the fast one with native code and without."""
 
 from contextlib import closing
+from itertools import chain
 
 import pytest
 import torch
@@ -59,9 +60,7 @@ def test_a_cut_draw_stays_in_its_support_and_is_renormalised_over_it(kind: str, 
                 assert allowed(row.exp(), -1e-5, **cut) <= support <= allowed(row.exp(), 1e-5, **cut)
 
 
-def allowed(
-    probs: torch.Tensor, room: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> set[int]:
+def allowed(probs: torch.Tensor, room: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> set[int]:
     """The support by definition, with room for rounding at the borders."""
     order = probs.argsort(descending=True).tolist()[: top_k or None]
     total, mass, kept = float(probs[order].sum()), 0.0, set()
@@ -80,7 +79,9 @@ def test_a_completion_does_not_depend_on_its_batch(kind: str, cut: dict):
     params, seeds = SamplingParamsConfig(max_tokens=16, **cut), seeds_for(16)
     together = generate(engine, PROMPTS, 4, params)
     alone = [dict(engine.generate([p], 4, params, seeds[4 * i : 4 * i + 4]))[0] for i, p in enumerate(PROMPTS)]
-    backwards = dict(engine.generate(PROMPTS[::-1], 4, params, [s for i in (3, 2, 1, 0) for s in seeds[4 * i : 4 * i + 4]]))
+    backwards = dict(
+        engine.generate(PROMPTS[::-1], 4, params, [s for i in (3, 2, 1, 0) for s in seeds[4 * i : 4 * i + 4]])
+    )
     assert ids(together) == ids(alone) == ids([backwards[3 - i] for i in range(4)])
     assert ids(together)[0] != ids(together)[3]  # the same prompt with other seeds
 
@@ -110,7 +111,7 @@ def test_a_stop_string_ends_a_completion_and_is_not_in_its_text(kind: str):
     free = generate(engine, PROMPTS, 8, SamplingParamsConfig(max_tokens=30))
     ended = generate(engine, PROMPTS, 8, SamplingParamsConfig(max_tokens=30, stop=stop))
     found = set()
-    for before, after in zip(sum(free, []), sum(ended, []), strict=True):
+    for before, after in zip(chain(*free), chain(*ended), strict=True):
         # The first token after which the text has a stop string, by definition.
         texts = [words.decode(before.ids[: n + 1]) for n in range(len(before.ids))]
         first = next((n for n, text in enumerate(texts) if any(s in text for s in stop)), None)
@@ -159,13 +160,13 @@ def test_generation_can_be_ended_between_two_tokens(kind: str):
     with pytest.raises(JobCanceled):
         generate(engine, [[5]], 8, params)
     assert len(calls) == 3
-    assert ids(generate(engine, [[5]], 2, params)) == ids(generate(make_engine(kind, adapted("qwen2")), [[5]], 2, params))
+    assert ids(generate(engine, [[5]], 2, params)) == ids(
+        generate(make_engine(kind, adapted("qwen2")), [[5]], 2, params)
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_closed_generator_ends_the_rest_and_leaves_the_engine_usable(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_closed_generator_ends_the_rest_and_leaves_the_engine_usable(kind: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("rewardsmith.rollout.plain.CACHE_BYTES", 1)  # one sequence at a time
     calls: list[int] = []
     settings = {} if kind == "plain" else {"slots": 3}

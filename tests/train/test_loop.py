@@ -271,7 +271,7 @@ def test_held_out_rows_choose_the_best_checkpoint_and_stop_a_run_that_has_stalle
     assert series(server, "eval/total_reward") == dict.fromkeys(range(6), 0.5)
     assert series(server, "group/frac_zero_signal") == dict.fromkeys(range(1, 6), 1.0)
     assert finish(server) == {"fence": 1, "status": "completed", "error": None, "checkpoint": 1}
-    (message,) = events(server, "info")
+    _, message = events(server, "info")
     assert "stopped early" in message
     assert [body["best"] for body in server.bodies("checkpoint")] == [True, False, False, False, False]
     # Nothing was learned from, so nothing has moved.

@@ -30,13 +30,18 @@ SEEDS = list(range(100, 100 + len(PROMPTS) * COUNT))
 @contextmanager
 def learner(workers: int, dtype: torch.dtype = torch.float64, job: GRPOConfig | None = None, **settings):
     with Ranks(workers) as ranks:
-        made = Learner(random_model("qwen2").to(dtype), tokenizer(), job or config(), ranks=ranks, **settings)
-        assert made.path.startswith(f"fast: {workers + 1} rank")
-        generator = torch.Generator().manual_seed(2)
-        for tensor in adapter_tensors(made.model, POLICY).values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
-        made.deliver(version=1)
+        made = made_with(ranks, job or config(), dtype, **settings)
+        assert made.path.startswith(f"fast, {workers + 1} rank(s) of 1 thread") or not workers
         yield made
+
+
+def made_with(ranks: Ranks, job: GRPOConfig, dtype: torch.dtype = torch.float64, **settings) -> Learner:
+    made = Learner(random_model("qwen2").to(dtype), tokenizer(), job, ranks=ranks, **settings)
+    generator = torch.Generator().manual_seed(2)
+    for tensor in adapter_tensors(made.model, POLICY).values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    made.deliver(version=1)
+    return made
 
 
 def drawn(made: Learner) -> list[list]:
@@ -164,3 +169,24 @@ def alive(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_ranks_with_weights_of_their_own_compute_the_same():
+    """What several GPUs do, on a CPU: weights are copied, adapters travel, gradients come back."""
+    job = config(beta=0.1)
+    with learner(0, job=job) as alone:
+        expected = drawn(alone)
+        wanted = gradients(alone, batch(expected))
+    with Ranks(devices=["cpu", "cpu"]) as ranks:
+        together = made_with(ranks, job)
+        found = drawn(together)
+        had = gradients(together, batch(expected))
+        for tensor in adapter_tensors(together.model, POLICY).values():
+            tensor.mul_(3)
+        together.deliver(version=2)
+        after = drawn(together)
+    assert [[c.ids for c in group] for group in found] == [[c.ids for c in group] for group in expected]
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(had[name], tensor, rtol=1e-9, atol=1e-12)
+    for group, other in zip(found, after, strict=True):
+        assert all(one.logps[0] != two.logps[0] for one, two in zip(group, other, strict=True))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from job_runs import config
 from peft import LoraConfig, PeftModel
-from tiny_models import PADDED_VOCAB, random_model, tokenizer
+from tiny_models import WORDS, random_model, tokenizer
 
 from rewardsmith.config import GRPOConfig
 from rewardsmith.rewards.outcomes import Score
@@ -23,10 +23,11 @@ from rewardsmith.rollout.adapter import adapter_tensors
 from rewardsmith.rollout.engine import Completion
 from rewardsmith.rollout.prompts import Prompt
 from rewardsmith.train.batch import Example
+from rewardsmith.train.learner import Learner
 from rewardsmith.train.lora import POLICY, attach
 from rewardsmith.train.plain import PlainPath
 from rewardsmith.train.samples import Sample, examples, with_advantages
-from rewardsmith.train.update import GradientPath, make_optimizer
+from rewardsmith.train.update import Gradient, make_optimizer
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
@@ -34,13 +35,35 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:You are using 'rollout_func':UserWarning", "ignore:`gradient_checkpointing` is deprecated:FutureWarning"
 )
 
-MAX_TOKENS, GROUP = 12, 3
+VOCAB, MAX_TOKENS, GROUP = len(WORDS), 12, 3
 PROMPTS = [[5, 6, 7], [9], [12, 3, 3, 8, 20], [4, 4]]
 LENGTHS = [[1, 4, 9], [12, 1, 3], [3, 2, 5], [2, 2, 7]]
 TOTALS = [[0.0, 1000.0, 250.0], [2000.0, 500.0, -1000.0], [500.0, 500.0, 500.0], [0.0, 0.0, 1000.0]]
 
-# Each path that computes gradients, made for a model with our adapters.
-PATHS: dict[str, Callable[[PeftModel], GradientPath]] = {"plain": lambda model: PlainPath(model, PADDED_VOCAB)}
+
+Gradients = Callable[[list[Example], GRPOConfig, list[torch.Tensor | None] | None], Gradient]
+
+
+def plain() -> tuple[PeftModel, Gradients]:
+    model = attach(random_model("qwen2", vocab_size=VOCAB).double(), config(), "base")
+    make_optimizer(model, config().optimizer, 1e-3)  # which gives every parameter its gradient
+    return model, PlainPath(model, VOCAB).gradient
+
+
+def fast() -> tuple[PeftModel, Gradients]:
+    learner = Learner(random_model("qwen2", vocab_size=VOCAB).double(), tokenizer(), config())
+    torch.set_num_threads(1)  # it took all cores for its one rank
+    assert learner.path.startswith("fast")
+
+    def gradient(examples: list[Example], config: GRPOConfig, old_logps: list[torch.Tensor | None] | None) -> Gradient:
+        learner.deliver(version=1)
+        return learner.gradients.gradient(examples, config, old_logps)
+
+    return learner.model, gradient
+
+
+# A model with our adapter, and what adds the gradient of a batch to it.
+PATHS: dict[str, Callable[[], tuple[PeftModel, Gradients]]] = {"plain": plain, "fast": fast}
 
 
 @dataclass
@@ -102,20 +125,11 @@ CASES = {
 
 def completion_ids() -> list[list[int]]:
     generator = torch.Generator().manual_seed(3)
-    return [
-        torch.randint(2, PADDED_VOCAB, (length,), generator=generator).tolist() for row in LENGTHS for length in row
-    ]
+    return [torch.randint(2, VOCAB, (length,), generator=generator).tolist() for row in LENGTHS for length in row]
 
 
 def job(case: Case) -> GRPOConfig:
     return config(**{"sampling_params": {"temperature": 0.9, "max_tokens": MAX_TOKENS}, **case.ours})
-
-
-def our_model() -> PeftModel:
-    model = attach(random_model("qwen2").double(), config(), "base")
-    move(model, POLICY, seed=2)
-    make_optimizer(model, config().optimizer, 1e-3)  # which gives every parameter its gradient
-    return model
 
 
 @torch.no_grad()
@@ -132,7 +146,7 @@ def our_batch(model: PeftModel, job: GRPOConfig) -> tuple[list[Example], list[li
     generator = torch.Generator().manual_seed(7)
     sampler = [
         (logps + 0.4 * torch.randn(len(logps), generator=generator)).tolist()
-        for logps in PlainPath(model, PADDED_VOCAB).policy_logps(blank, job)
+        for logps in PlainPath(model, VOCAB).policy_logps(blank, job)
     ]
     groups = []
     for g, prompt in enumerate(PROMPTS):
@@ -160,7 +174,7 @@ def their_trainer(case: Case, start: PeftModel, sampler: list[list[float]], fold
         }
     )
     trainer = trl.GRPOTrainer(
-        model=random_model("qwen2").double(),
+        model=random_model("qwen2", vocab_size=VOCAB).double(),
         peft_config=settings,
         reward_funcs=lambda prompts, completions, **columns: [total for row in TOTALS for total in row],
         args=arguments,
@@ -199,15 +213,15 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     return bool((ours - theirs).norm() <= 1e-5 * theirs.norm())
 
 
-@pytest.mark.parametrize("make_path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_loss_and_gradients_are_those_of_trl(
-    case: Case, make_path: Callable[[PeftModel], GradientPath], tmp_path: Path
+    case: Case, path: Callable[[], tuple[PeftModel, Gradients]], tmp_path: Path
 ):
     settings = job(case)
-    model = our_model()
+    model, gradient = path()
+    move(model, POLICY, seed=2)
     batch, sampler = our_batch(model, settings)
-    path = make_path(model)
     trainer = their_trainer(case, model, sampler, tmp_path)
     inputs = trainer._generate_and_score_completions([{"prompt": "a"} for _ in sampler])
     assert same(torch.tensor([example.advantage for example in batch]), inputs["advantages"])
@@ -218,7 +232,7 @@ def test_loss_and_gradients_are_those_of_trl(
         trainer.model.zero_grad()
         theirs.backward()
         model.zero_grad(set_to_none=False)
-        found = path.gradient(batch, settings, old_logps)
+        found = gradient(batch, settings, old_logps)
         expected = gradients(trainer.model, "default")
         assert expected.norm() > 0 or case is CASES["gspo"], update
         assert same(gradients(model, POLICY), expected), update

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from rewardsmith.cli import adapters, datasets, jobs, processes, repos
+from rewardsmith.cli import adapters, datasets, estimate, jobs, processes, repos
 from rewardsmith.cli.output import print_error
 
 
@@ -44,6 +44,7 @@ def _options(
 
 
 processes.add_to(app)
+app.command()(estimate.estimate)
 for group in (datasets, repos, adapters, jobs):
     app.add_typer(group.app)
 

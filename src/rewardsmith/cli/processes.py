@@ -40,7 +40,7 @@ def serve(
     ] = False,
 ) -> None:
     """Run the server: the API, and the dispatcher that starts jobs."""
-    with _server_part():
+    with server_part():
         from rewardsmith.server import serve as server
 
     config = ServerConfig(home=_home(home), host=host, port=port)
@@ -55,7 +55,7 @@ def dispatcher(
     ] = None,
 ) -> None:
     """Start and watch over jobs, beside a server with the same home."""
-    with _server_part():
+    with server_part():
         from rewardsmith.server import serve as server
 
     server.dispatch(ServerConfig(home=_home(home)), normalised(base_url or default_base_url()))
@@ -83,7 +83,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @contextmanager
-def _server_part() -> Iterator[None]:
+def server_part() -> Iterator[None]:
     """Where the packages of the server are imported: without them there is the SDK alone."""
     try:
         yield

@@ -34,9 +34,9 @@ def main() -> int:
     _set_threads()
     ticket = json.loads(sys.stdin.readline())
     # After _set_threads: torch reads the environment when it is imported. Ranks start while this process is one thread.
-    from rewardsmith.train.ranks import Ranks, useful_workers
+    from rewardsmith.train.ranks import Ranks
 
-    with Ranks(useful_workers()) as ranks:
+    with Ranks.of_this_machine() as ranks:
         return run_job(ticket, asked_to_yield, ranks)
 
 

@@ -84,7 +84,7 @@ class Rotary:
         """Numbers i and F + i of each head turned; those from 2 F on stay."""
         cos_N1F, sin_N1F = (table_PF[position_N][:, None] for table_PF in self.tables(layer))
         turned = cos_N1F.shape[-1]
-        first, second, rest = x_NHD.split([turned, turned, x_NHD.shape[-1] - 2 * turned], -1)
+        first, second, rest = torch.split(x_NHD, [turned, turned, x_NHD.shape[-1] - 2 * turned], -1)
         parts = [first * cos_N1F - second * sin_N1F, second * cos_N1F + first * sin_N1F, rest]
         return torch.cat(parts, -1).to(x_NHD.dtype)
 
@@ -103,7 +103,9 @@ def causal_attention(architecture: Architecture, layer: int, q_THD: Tensor, k_TK
     for start in range(0, length, _BLOCK):
         end = min(start + _BLOCK, length)
         first = 0 if window is None else max(0, start - window + 1)
-        ahead_TC = torch.arange(start, end, device=q_HTD.device)[:, None] - torch.arange(first, end, device=q_HTD.device)
+        ahead_TC = torch.arange(start, end, device=q_HTD.device)[:, None] - torch.arange(
+            first, end, device=q_HTD.device
+        )
         seen_TC = (ahead_TC >= 0) & (ahead_TC < (window or length))
         out_HTD[:, start:end] = _attend(
             q_HTD[:, start:end], k_KTD[:, first:end], v_KTD[:, first:end], seen_TC, scale, cap
@@ -111,22 +113,19 @@ def causal_attention(architecture: Architecture, layer: int, q_THD: Tensor, k_TK
     return out_HTD.transpose(0, 1)
 
 
-def _attend(
-    q_HTD: Tensor, k_KCD: Tensor, v_KCD: Tensor, seen_TC: Tensor, scale: float, cap: float | None
-) -> Tensor:
+def _attend(q_HTD: Tensor, k_KCD: Tensor, v_KCD: Tensor, seen_TC: Tensor, scale: float, cap: float | None) -> Tensor:
     """Softmax attention by its formula, several query heads to each kv head; any dimensions may stand in front."""
     kv_heads, wide = k_KCD.shape[-3], torch.promote_types(q_HTD.dtype, torch.float32)
-    q_KGTD = q_HTD.unflatten(-3, (kv_heads, -1))
+    q_KGTD = torch.unflatten(q_HTD, -3, (kv_heads, -1))
     scores_KGTC = (q_KGTD @ k_KCD.transpose(-1, -2).unsqueeze(-3)).to(wide) * scale
     if cap is not None:
         scores_KGTC = (scores_KGTC / cap).tanh() * cap
     weights_KGTC = scores_KGTC.masked_fill(~seen_TC, -torch.inf).softmax(-1)
-    return (weights_KGTC.to(v_KCD.dtype) @ v_KCD.unsqueeze(-3)).flatten(-4, -3)
+    mixed_KGTD: Tensor = weights_KGTC.to(v_KCD.dtype) @ v_KCD.unsqueeze(-3)
+    return mixed_KGTD.flatten(-4, -3)
 
 
-def store_prompts(
-    cache: Cache, layer: int, page_N: Tensor, offset_N: Tensor, k_NKD: Tensor, v_NKD: Tensor
-) -> None:
+def store_prompts(cache: Cache, layer: int, page_N: Tensor, offset_N: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> None:
     """Keys (positions turned) and values of tokens into their pages."""
     cache.keys[layer][page_N, :, :, offset_N] = k_NKD
     cache.values[layer][page_N, :, offset_N, : v_NKD.shape[-1]] = v_NKD
@@ -143,7 +142,7 @@ def decode_attention(
     k_NKD: Tensor,
     v_NKD: Tensor,
 ) -> Tensor:
-    """One new token per row: its key and value go to the row's pages, it attends to prompt and own tokens. N x H x D."""
+    """One new token per row: its key and value go into its pages, it attends to prompt and own tokens. N x H x D."""
     own_N, prompt_N = rows.length_N - 1, tables.prompt_length_G[rows.group_N]
     position_N = prompt_N + own_N
     own_pages_NM = tables.own_pages_SM[rows.slot_N, : int(own_N.max()) // PAGE + 1]
@@ -166,14 +165,15 @@ def decode_attention(
     scale, cap = architecture.attention_scale, architecture.attention_softcap
     wide = torch.promote_types(q_NHD.dtype, torch.float32)
     # Page by page as they lie: to bring them in another order costs more than the products. P is the place in a page.
-    seen_NMP = seen_NT.unflatten(1, (-1, PAGE))
-    q_NKGD = rotary.rotate(layer, q_NHD, position_N).unflatten(1, (architecture.kv_heads, -1))
+    seen_NMP = torch.unflatten(seen_NT, 1, (-1, PAGE))
+    q_NKGD = torch.unflatten(rotary.rotate(layer, q_NHD, position_N), 1, (architecture.kv_heads, -1))
     scores_NMKGP = (q_NKGD[:, None] @ cache.keys[layer][pages_NM]).to(wide) * scale
     if cap is not None:
         scores_NMKGP = (scores_NMKGP / cap).tanh() * cap
     scores_NMKGP.masked_fill_(~seen_NMP[:, :, None, None], -torch.inf)
-    weights_NKGMP = scores_NMKGP.permute(0, 2, 3, 1, 4).flatten(3).softmax(-1).unflatten(3, (-1, PAGE))
+    weights_NKGT = scores_NMKGP.permute(0, 2, 3, 1, 4).flatten(3).softmax(-1).to(q_NHD.dtype)
+    weights_NMKGP = torch.unflatten(weights_NKGT, 3, (-1, PAGE)).permute(0, 3, 1, 2, 4)
     # Pages hold what was there before; a weight of zero times no number would be no number.
     values_NMKPD = cache.values[layer][pages_NM].masked_fill_(~seen_NMP[:, :, None, :, None], 0)
-    out_NKGD = (weights_NKGMP.permute(0, 3, 1, 2, 4).to(q_NHD.dtype) @ values_NMKPD).sum(1)
+    out_NKGD: Tensor = (weights_NMKGP @ values_NMKPD).sum(1)
     return out_NKGD.flatten(1, 2)[..., : architecture.head_dim]

@@ -93,10 +93,9 @@ class Batch:
         self._rows: Rows | None = None
         self._free_slots = list(range(self._slots))[::-1]
         self._free_groups: list[int] = []
-        self._tables = Tables(*(torch.zeros(0, 0, dtype=torch.long, device=self._device) for _ in "ab"), self._zeros(0))
+        self._tables = Tables(self._zeros(self._slots, 0), self._zeros(0, 0), self._zeros(0))
         self._ids_SM = self._zeros(self._slots, 0)
         self._logps_SM = torch.zeros(self._slots, 0, dtype=self._precise, device=self._device)
-        self._tables.own_pages_SM = self._zeros(self._slots, 0)
         self._note_running()
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -133,8 +132,8 @@ class Batch:
             hidden.append(self._decoder.step(self._rows, self._tables))
         if joining:
             hidden.append(torch.stack([sequence.prompt.hidden_H for sequence in joining]))  # type: ignore[misc]
-            rows = self._new_rows(joining)
-            self._rows = rows if self._rows is None else self._rows.joined(rows)
+            new = self._new_rows(joining)
+            self._rows = new if self._rows is None else self._rows.joined(new)
             self._running += joining
             self._note_running()
         rows = self._rows
@@ -194,7 +193,7 @@ class Batch:
             budget += cache.pages * cache.page_bytes  # which are not free memory any more
         cache.grow(min(max(cache.pages + self._demand(), 2 * cache.pages), budget // cache.page_bytes))
         if cache.free < count and alone:
-            cache.grow(cache.pages + count)
+            cache.grow(cache.pages + count - cache.free)
         return cache.free >= count
 
     def _demand(self) -> int:
@@ -234,7 +233,9 @@ class Batch:
             limit_N=whole([s.limit for s in joining]),
             last_N=self._zeros(len(joining)),
             seed_N=whole([s.request.seed for s in joining]),
-            temperature_N=torch.tensor([s.request.params.temperature for s in joining], device=self._device),
+            temperature_N=torch.tensor(
+                [s.request.params.temperature for s in joining], dtype=self._precise, device=self._device
+            ),
         )
 
     def _note_running(self) -> None:
@@ -251,13 +252,13 @@ class Batch:
     def _sample(self, logits_NV: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         if len(self._cuts) == 1 and not self._cuts[0][0].acts:
             return self._decoder.kernels.sample(logits_NV, rows)
-        ids_N, logps_N = self._zeros(len(rows)), torch.zeros(len(rows), device=self._device)
+        ids_N, logps_N = self._zeros(len(rows)), torch.zeros(len(rows), dtype=self._precise, device=self._device)
         for cut, index in self._cuts:
             part = rows if index is None else rows.select(index)
             at = slice(None) if index is None else index
             logps_BV = log_probs(logits_NV[at], part.temperature_N[:, None], self._decoder.vocab)
             drawn = draw(logps_BV, uniforms(part.seed_N, part.length_N), cut)
-            ids_N[at], logps_N[at] = drawn.ids_B, drawn.logps_B.to(logps_N.dtype)
+            ids_N[at], logps_N[at] = drawn.ids_B, drawn.logps_B
             places = range(len(rows)) if index is None else index.tolist()
             for n, ids in zip(places, drawn.support or (), strict=False):
                 self._running[n].support.append(ids)
@@ -319,7 +320,7 @@ def _wide_enough(table: Tensor, lines: int, columns: int) -> Tensor:
     """The table with so many lines and columns at least; twice as many as before where it has to grow."""
     if table.shape[0] >= lines and table.shape[1] >= columns:
         return table
-    shape = [have if have >= need else max(need, 2 * have) for have, need in zip(table.shape, (lines, columns))]
-    wider = table.new_zeros(shape)
+    shape = [(table.shape[0], lines), (table.shape[1], columns)]
+    wider = table.new_zeros([have if have >= need else max(need, 2 * have) for have, need in shape])
     wider[: table.shape[0], : table.shape[1]] = table
     return wider

@@ -7,7 +7,6 @@ the pages written to: pages that nobody touched cost nothing on CPUs.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rewardsmith.rollout.architecture import Architecture

@@ -53,9 +53,7 @@ class Decoder:
             store_prompts(self.cache, layer, page_N, position_N % PAGE, k_NKD, v_NKD)
             mixed = [
                 causal_attention(self.architecture, layer, q_THD, k_TKD, v_TKD)
-                for q_THD, k_TKD, v_TKD in zip(
-                    q_NHD.split(lengths), k_NKD.split(lengths), v_NKD.split(lengths), strict=True
-                )
+                for q_THD, k_TKD, v_TKD in zip(*(torch.split(x, lengths) for x in (q_NHD, k_NKD, v_NKD)), strict=True)
             ]
             return torch.cat(mixed)
 

@@ -11,11 +11,12 @@ import math
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor
 
 from rewardsmith.errors import ModelError
+from rewardsmith.rollout.architecture import base_of
 from rewardsmith.rollout.sampling import Support
 
 if TYPE_CHECKING:
@@ -87,7 +88,10 @@ def ends_in_stop(ids: Sequence[int], before: int, decode: Decode, stop: Sequence
     Looks at the newest tokens only, as every one gives a byte at least, and at the whole text before it says yes.
     """
     reach = max((len(string.encode()) for string in stop), default=0)
-    if not reach or not any(string in decode(ids[-reach - 4 :]) for string in stop):
+    newest = [before, *ids[-reach - 4 :]][
+        -reach - 4 :
+    ]  # some more, as a tokenizer may drop the space in front of the first
+    if not reach or not any(string in decode(newest) for string in stop):
         return False
     text = text_after(decode, before, ids)
     return any(string in text for string in stop)
@@ -109,9 +113,7 @@ def room_after(prompt: Sequence[int], context: int | None) -> int:
 
 def text_config(model: PreTrainedModel | PeftModel) -> PretrainedConfig:
     """The part of a model's config that is about its language model."""
-    # PEFT's models have this method; asking by class would load PEFT.
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return cast("PreTrainedModel", base).config.get_text_config(decoder=True)
+    return base_of(model).config.get_text_config(decoder=True)
 
 
 def context_of(model: PreTrainedModel | PeftModel) -> int | None:

@@ -7,7 +7,7 @@ uses by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -102,7 +102,7 @@ class FastEngine:
         missing = list(counts)
         call = object()
         numbered = [(i, n) for i, count in enumerate(counts) for n in range(count)]
-        keys = {(call, i, n) for i, n in numbered}
+        keys: set[Hashable] = {(call, i, n) for i, n in numbered}
         try:
             for (i, n), seed in zip(numbered, seeds, strict=True):
                 self.batch.submit(Request((call, i, n), prompts[i], seed, params))

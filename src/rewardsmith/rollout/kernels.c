@@ -374,7 +374,7 @@ INLINE float stretch_weights(const float *logits, int64_t count, float peak, flo
     float padded[STRETCH];
     const float *from = logits;
     if (count < STRETCH) {
-        for (int i = 0; i < STRETCH; i++) padded[i] = i < count ? logits[i] : -1e30f;
+        for (int i = 0; i < STRETCH; i++) padded[i] = i < count ? logits[i] : -INFINITY;
         from = padded;
     }
     vf total = all(0);

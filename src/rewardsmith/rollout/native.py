@@ -1,4 +1,4 @@
-"""`kernels.c` as the kernels of a decode step, through ctypes: float32, contiguous where not said otherwise, one thread.
+"""`kernels.c` as the kernels of a decode step, through ctypes: float32, whole tensors where not said otherwise.
 
 Addresses are all that crosses over, so every tensor is checked here to be what the C code takes it for.
 """
@@ -17,6 +17,7 @@ from rewardsmith.rollout.architecture import Architecture
 from rewardsmith.rollout.attention import Rotary, Rows, Tables
 from rewardsmith.rollout.cache import PAGE, Cache
 from rewardsmith.rollout.compiler import Unavailable
+from rewardsmith.rollout.layers import Ops
 from rewardsmith.rollout.projection import Projection
 
 __all__ = ["NativeKernels", "NativeOps", "Unavailable"]
@@ -30,15 +31,15 @@ _address, _long, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 class _Attention(ctypes.Structure):
     """`Attention` in kernels.c, field by field."""
 
-    _fields_ = (
-        [(name, _address) for name in ("q", "k", "v", "out")]
-        + [(name, _long) for name in ("q_stride", "k_stride", "v_stride")]
-        + [(name, _address) for name in ("cos", "sin", "keys", "values", "slot", "group", "length")]
-        + [(name, _address) for name in ("own_pages", "prompt_pages", "prompt_length")]
-        + [(name, _long) for name in ("own_columns", "prompt_columns", "rows", "heads", "kv_heads", "dim")]
-        + [(name, _long) for name in ("padded_dim", "rotary", "window")]
-        + [("scale", _float), ("softcap", _float), ("scratch", _address), ("scratch_size", _long)]
-    )
+    _fields_ = [
+        *((name, _address) for name in ("q", "k", "v", "out")),
+        *((name, _long) for name in ("q_stride", "k_stride", "v_stride")),
+        *((name, _address) for name in ("cos", "sin", "keys", "values", "slot", "group", "length")),
+        *((name, _address) for name in ("own_pages", "prompt_pages", "prompt_length")),
+        *((name, _long) for name in ("own_columns", "prompt_columns", "rows", "heads", "kv_heads", "dim")),
+        *((name, _long) for name in ("padded_dim", "rotary", "window")),
+        *(("scale", _float), ("softcap", _float), ("scratch", _address), ("scratch_size", _long)),
+    ]
 
 
 @cache
@@ -67,12 +68,10 @@ class NativeOps:
         """Rows x width, or rows x heads x width where heads stand side by side."""
         width = x.shape[-1]
         inner = 1 if x.ndim == 2 else x.shape[1]
-        _check(x, whole=False), _check(weight)
-        assert x.ndim in (2, 3) and x.stride(-1) == 1 and (x.ndim == 2 or x.stride(1) == width)
+        _check(weight)
+        _check_rows(x)
         out = torch.empty(x.shape)
-        self._library.norm(
-            x.data_ptr(), x.stride(0), weight.data_ptr(), epsilon, out.data_ptr(), len(x), inner, width
-        )
+        self._library.norm(x.data_ptr(), x.stride(0), weight.data_ptr(), epsilon, out.data_ptr(), len(x), inner, width)
         return out
 
     def linear(self, x: Tensor, projection: Projection) -> Tensor:
@@ -88,7 +87,7 @@ class NativeOps:
         return out
 
     def add_norm(self, x: Tensor, more: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        _check(x), _check(more), _check(weight)
+        _check(x, more, weight)
         out = torch.empty(x.shape)
         self._library.add_norm(
             x.data_ptr(), more.data_ptr(), weight.data_ptr(), epsilon, out.data_ptr(), len(x), x.shape[1]
@@ -102,7 +101,7 @@ class NativeKernels:
     name = "native"
 
     def __init__(self, architecture: Architecture) -> None:
-        self.ops = NativeOps()
+        self.ops: Ops = NativeOps()
         self._library = _library()
         self._architecture = architecture
         self._scratch = torch.empty(_SCRATCH)
@@ -134,8 +133,7 @@ class NativeKernels:
         call.keys, call.values = cache.keys[layer].data_ptr(), cache.values[layer].data_ptr()
         call.window = self._architecture.layers[layer].window or 0
         for name, x_NHD in (("q", q_NHD), ("k", k_NKD), ("v", v_NKD)):
-            _check(x_NHD, whole=False)
-            assert x_NHD.stride(2) == 1 and x_NHD.stride(1) == x_NHD.shape[2] == call.dim
+            _check_rows(x_NHD)
             setattr(call, name, x_NHD.data_ptr())
             setattr(call, f"{name}_stride", x_NHD.stride(0))
         out_NHD = torch.empty(q_NHD.shape)
@@ -157,7 +155,7 @@ class NativeKernels:
         for name, tensor in fields.items():
             assert tensor.dtype == torch.int64 and tensor.is_contiguous()
             setattr(call, name, tensor.data_ptr())
-        _check(cache.keys), _check(cache.values)
+        _check(cache.keys, cache.values)
         call.own_columns, call.prompt_columns = tables.own_pages_SM.shape[1], tables.prompt_pages_GM.shape[1]
         call.rows, call.padded_dim = len(rows), cache.padded_dim
         shape = self._architecture
@@ -168,8 +166,8 @@ class NativeKernels:
         call.scratch, call.scratch_size = self._scratch.data_ptr(), len(self._scratch)
 
     def sample(self, logits_NV: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        _check(logits_NV, whole=False), _check(rows.temperature_N)
-        assert logits_NV.stride(1) == 1
+        _check_rows(logits_NV)
+        _check(rows.temperature_N)
         count, vocab = logits_NV.shape
         sums = torch.empty(vocab // _STRETCH + 1, dtype=torch.float64)
         ids_N, logps_N = torch.empty(count, dtype=torch.int64), torch.empty(count)
@@ -188,5 +186,12 @@ class NativeKernels:
         return ids_N, logps_N
 
 
-def _check(x: Tensor, whole: bool = True) -> None:
-    assert x.dtype == torch.float32 and x.device.type == "cpu" and (not whole or x.is_contiguous())
+def _check(*tensors: Tensor) -> None:
+    for x in tensors:
+        assert x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
+
+
+def _check_rows(x: Tensor) -> None:
+    """Rows, or rows of heads, that are whole in themselves but may have others between them."""
+    assert x.dtype == torch.float32 and x.is_cpu and x.stride(-1) == 1
+    assert x.ndim == 2 or (x.ndim == 3 and x.stride(1) == x.shape[2])

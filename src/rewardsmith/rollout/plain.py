@@ -140,8 +140,8 @@ class PlainEngine:
             drawn = draw(all_logps_bV, uniforms(seeds_B[rows_b], position), cut)
             ids_BT[rows_b, position] = drawn.ids_B
             logps_BT[rows_b, position] = drawn.logps_B.double()
-            for row, ids in zip(rows_b.tolist(), drawn.support or [], strict=False):
-                support_B[row].append(ids)
+            for row, possible in zip(rows_b.tolist(), drawn.support or [], strict=False):
+                support_B[row].append(possible)
             stopping_b = open_b & torch.isin(drawn.ids_B, stops)
             if params.stop:
                 for place, row in enumerate(rows_b.tolist()):

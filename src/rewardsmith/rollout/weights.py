@@ -10,6 +10,7 @@ tensors are shared reads the same memory.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -169,6 +170,20 @@ class Weights:
         if faults := delivery.faults(looks):
             more = f"; {len(faults) - 1} more of {len(looks)} linear layers are wrong too" if faults[1:] else ""
             raise DeliveryError(f"the engine does not run the delivered adapter: {faults[0]}{more}")
+
+    def on(self, device: str) -> Weights:
+        """A copy on `device`, tied tensors tied."""
+        tensors = [self.embed_VH, self.head_VH, self.norm]
+        for layer in self.layers:
+            tensors += [t for name in NORMS if (t := getattr(layer, name)) is not None]
+        for p in self.projections:
+            tensors += [t for t in (p.base_OI, p.bias_O, p.merged_OI, p.row_checks_O) if t is not None]
+        tensors += [t for p in self.parts for t in (p.a_RI, p.b_OR, p.merged_from) if t is not None]
+        tensors += [kind.rope.inv_freq_F for kind in self.architecture.layers]
+        moved = {id(tensor): tensor.to(device, copy=True) for tensor in tensors}
+        if self.embed_VH.data_ptr() == self.head_VH.data_ptr():
+            moved[id(self.head_VH)] = moved[id(self.embed_VH)]
+        return copy.deepcopy(self, moved)
 
     def share(self) -> None:
         """Moves all tensors into memory that other processes can read; on CUDA they are readable as they are.

@@ -8,7 +8,7 @@ length, so two shallow models and two loads give all of it. What fits into memor
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from math import log
@@ -34,12 +34,13 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Load:
-    """What a step computes on: groups of completions, lengths in tokens."""
+    """What a step computes on: groups of completions, lengths in tokens. `completion_tokens` is the mean one."""
 
     prompts: int
     group: int
     prompt_tokens: int
     completion_tokens: int
+    longest: int
 
     @property
     def completions(self) -> int:
@@ -59,7 +60,8 @@ class Load:
         if fitting >= ranks:
             return replace(self, prompts=1, group=min(self.group, fitting))
         each = max(FEWEST_TOKENS, int(tokens / (1 + ranks)))
-        return Load(1, min(self.group, ranks), min(self.prompt_tokens, each), min(self.completion_tokens, each))
+        short = min(self.completion_tokens, each)
+        return Load(1, min(self.group, ranks), min(self.prompt_tokens, each), short, short)
 
     def halved(self) -> Load:
         if self.prompts > 1:
@@ -68,13 +70,25 @@ class Load:
             return replace(self, group=self.group // 2)
         return replace(self, completion_tokens=max(1, self.completion_tokens // 2))
 
+    def drawing_steps(self, at_a_time: float) -> float:
+        """How often a next token is drawn for what runs at a time, one finished completion making room for another.
+
+        Where lengths differ they are taken as geometric. At the end the batch empties: the longest of n completions
+        has about ln n + 0.58 times the mean (the n-th harmonic number), and at most `longest` tokens.
+        """
+        full = max(0.0, self.completions - at_a_time) * self.completion_tokens / at_a_time
+        if self.completion_tokens >= self.longest:
+            return full + self.longest
+        return full + min(self.longest, self.completion_tokens * (log(max(at_a_time, 1)) + 0.58))
+
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of one model: of reading a prompt's token, of the next token of all that is drawn at a time, of an update
-    by itself and per packed token, of a delivery."""
+    """Seconds of one model: of reading a prompt's token, of drawing next tokens by itself and per completion that gets
+    one, of an update by itself and per packed token, of a delivery."""
 
     prompt_token: float
+    next: float
     next_token: float
     update: float
     update_token: float
@@ -96,17 +110,25 @@ class Parts:
 
 @dataclass(frozen=True)
 class Measured:
-    """`path` as the learner names it; `at_a_time` completions are drawn at once."""
+    """`path` and `notices` as the learner gives them; `at_a_time` completions are drawn at once, by all ranks."""
 
     parts: Parts
     path: str
+    notices: list[str]
+    ranks: int
     at_a_time: int
+
+    @property
+    def fast(self) -> bool:
+        return self.path.startswith("fast")
 
     def seconds(self, load: Load) -> dict[str, float]:
         """Of a step by phase, all completions with a signal."""
-        parts, waves = self.parts, max(1.0, load.completions / self.at_a_time)
+        parts = self.parts
         reading = load.prompts * load.prompt_tokens * parts.prompt_token
-        drawing = waves * load.completion_tokens * parts.next_token
+        share = replace(load, prompts=1, group=max(1, load.completions // self.ranks))
+        steps = share.drawing_steps(min(share.group, self.at_a_time / self.ranks))
+        drawing = steps * parts.next + load.completions * load.completion_tokens * parts.next_token
         learning = parts.update + load.packed_tokens * parts.update_token
         return {"generate": reading + drawing, "update": learning, "deliver": parts.deliver}
 
@@ -115,49 +137,48 @@ def measure(
     model_config: PretrainedConfig,
     config: GRPOConfig,
     load: Load,
+    teams: Sequence[Ranks],
     *,
-    device: torch.device,
     slots: int,
-    workers: int = 0,
     clock: Clock = time.perf_counter,
 ) -> Measured:
-    """`slots` is how many completions one rank draws at a time on the fast path. Raises ModelError."""
+    """`teams` are as many ranks as a job would have, once for each of LAYERS; `slots` is how many completions one rank
+    draws at a time on the fast path. Raises ModelError."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = model_config.get_text_config(decoder=True).num_hidden_layers
     depths = sorted({min(depth, wanted) for depth in LAYERS})
     found: list[Parts] = []
-    path, at_a_time = "", load.completions
-    # All before the first model: ranks are forked from a process that has no threads yet.
-    started = [Ranks(workers) for _ in depths]
-    try:
-        for depth, ranks in zip(depths, started, strict=True):
-            trial = Trial(shallow_model(model_config, depth, device), config, ranks, clock)
-            path = trial.learner.path
-            if path.startswith("fast"):
-                at_a_time = min(load.completions, slots * ranks.count)
-            found.append(trial.parts(load, at_a_time, device))
-            ranks.close()
-    finally:
-        for ranks in started:
-            ranks.close()
-    return Measured(found[-1].at(wanted, found[0], depths[-1], depths[0]), path, at_a_time)
+    for depth, ranks in zip(depths, teams, strict=False):
+        trial = Trial(shallow_model(model_config, depth, device), config, load.prompt_tokens, ranks, clock)
+        path, count = trial.learner.path, ranks.count
+        at_a_time = min(load.completions, slots * count) if path.startswith("fast") else load.completions
+        found.append(trial.parts(load, at_a_time, device))
+        ranks.close()
+    parts = found[-1].at(wanted, found[0], depths[-1], depths[0])
+    return Measured(parts, path, trial.notices, count, at_a_time)
 
 
 class Trial:
     """A shallow model in training."""
 
-    def __init__(self, model: PreTrainedModel, config: GRPOConfig, ranks: Ranks, clock: Clock) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: GRPOConfig, prompt_tokens: int, ranks: Ranks, clock: Clock
+    ) -> None:
         self._clock = clock
         self._config = config
         self._linear, self._head = _sizes(model)
         self._ranks = ranks.count
         self._vocab = model.config.get_text_config(decoder=True).vocab_size
         self._drawn: list[float] = []  # when each token came
+        self.notices: list[str] = []
         self.learner = Learner(
             model,
             endless_tokenizer(self._vocab),
             config,
+            longest_prompt=prompt_tokens,
             ranks=ranks,
             between_tokens=lambda: self._drawn.append(self._now()),
+            notice=self.notices.append,
         )
         self._device = model.device
         self._version = 0
@@ -165,7 +186,7 @@ class Trial:
     def parts(self, load: Load, at_a_time: int, device: torch.device) -> Parts:
         flops = FLOPS[device.type] * (self._ranks if self._ranks > 1 else torch.get_num_threads())
         deliver = self._least(self._deliver)
-        prompt_token, next_token = self._generation(load, at_a_time, flops)
+        reading, step, token = self._generation(load, at_a_time, flops)
         # Forward and backward, the latter without gradients of weights; the head is computed once more.
         large = load.within(flops / (4 * self._linear + 6 * self._head), self._ranks)
         small = large.halved()
@@ -173,22 +194,27 @@ class Trial:
         seconds, fewer = self._least(lambda: self._update(large)), self._least(lambda: self._update(small))
         per_token = max(0.0, seconds - fewer) / max(1, large.packed_tokens - small.packed_tokens)
         fixed = max(0.0, seconds - per_token * large.packed_tokens)
-        return Parts(prompt_token, next_token, fixed, per_token, deliver)
+        return Parts(reading, step, token, fixed, per_token, deliver)
 
-    def _generation(self, load: Load, at_a_time: int, flops: float) -> tuple[float, float]:
-        """Seconds per token of a prompt; seconds for the next token of `at_a_time` completions."""
+    def _generation(self, load: Load, at_a_time: int, flops: float) -> tuple[float, float, float]:
+        """Seconds per token of a prompt; of one more token for all that is drawn, by itself and per completion."""
         forward = 2 * (self._linear + self._head)
         tokens = min(max(int(flops / (at_a_time * forward)), DECODED[0]), DECODED[1], load.completion_tokens)
         prompts = min(load.prompts, -(-at_a_time // load.group))
         # As long as a completion and its prompt are on average, since attention grows with it.
         context = load.prompt_tokens + max(0, load.completion_tokens - tokens) // 2
         length = max(FEWEST_TOKENS, min(context, int(flops / (prompts * 2 * self._linear))))
-        part = Load(prompts, -(-at_a_time // prompts), length, tokens)
-        self._draw(replace(part, completion_tokens=2))
-        runs = [self._draw(part) for _ in range(REPEATS)]
-        next_token = min(step for _, step in runs)
-        reading = min(total for total, _ in runs) - tokens * next_token
-        return max(0.0, reading) / (prompts * length), next_token
+        many = Load(prompts, -(-at_a_time // prompts), length, tokens, tokens)
+        few = replace(many, prompts=1, group=max(self._ranks, at_a_time // 8))
+        self._draw(few)
+        runs = [self._draw(many) for _ in range(REPEATS)]
+        step = min(step for _, step in runs)
+        reading = max(0.0, min(total for total, _ in runs) - tokens * step) / (prompts * length)
+        if many.completions <= few.completions:
+            return reading, step, 0.0
+        less = min(step for _, step in (self._draw(few) for _ in range(REPEATS)))
+        token = max(0.0, step - less) / (many.completions - few.completions)
+        return reading, max(0.0, step - token * many.completions), token
 
     def _draw(self, load: Load) -> tuple[float, float]:
         """Seconds of it all, and of one more token."""
@@ -268,7 +294,8 @@ def shallow_model(model_config: PretrainedConfig, layers: int, device: torch.dev
         parameter.zero_()
     model.generation_config.eos_token_id = None
     model.requires_grad_(False)
-    return model.train(False)
+    model.train(False)
+    return model
 
 
 def endless_tokenizer(vocab: int) -> PreTrainedTokenizerFast:

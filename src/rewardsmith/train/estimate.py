@@ -6,7 +6,9 @@ is read. What a running job shows of itself is the business of `forecast`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +22,7 @@ from rewardsmith.rollout.memory import free_bytes
 from rewardsmith.train.calibration import LAYERS, Clock, Load, Measured, measure
 from rewardsmith.train.footprint import Memory, Shape, lay_out, need
 from rewardsmith.train.forecast import peak_bytes
-from rewardsmith.train.ranks import SMALL_MODEL_BYTES, useful_workers
+from rewardsmith.train.ranks import SMALL_MODEL_BYTES, Ranks, available_cores
 
 DEFAULT_PROMPT_TOKENS = 256
 SHORTEST = 16  # tokens of a completion that is worth advising
@@ -30,7 +32,8 @@ MemoryOf = Callable[[Load, Shape], Memory]
 @dataclass(frozen=True)
 class Estimate:
     """`seconds` of a step by phase, without the user's reward functions; None where nothing could be measured, then
-    `unmeasured` says why. `advice` is what would make it fit, or fit better."""
+    `unmeasured` says why. `path` says what runs, `notices` what a job would say of it at its start. `advice` is what
+    would make it fit, or faster."""
 
     model: str
     shape: Shape
@@ -39,6 +42,7 @@ class Estimate:
     ranks: int
     threads: int
     path: str
+    notices: list[str]
     memory: Memory
     seconds: Mapping[str, float] | None
     unmeasured: str
@@ -60,55 +64,69 @@ def estimate(
     prompt_tokens: int = DEFAULT_PROMPT_TOKENS,
     completion_tokens: int | None = None,
     *,
-    workers: int | None = None,
-    clock: Clock | None = None,
+    start: Callable[[], Ranks] = Ranks.of_this_machine,
+    clock: Clock = time.perf_counter,
 ) -> Estimate:
     """Of a step on `source`, a folder or a Hugging Face id whose config is on this machine.
 
-    `completion_tokens` is the mean length, by default `max_tokens`. Raises ModelError.
+    `completion_tokens` is the mean length, by default `max_tokens`. `start` starts the ranks of a small model. Raises
+    ModelError.
     """
-    held = peak_bytes() or 0
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    available = free_bytes(device) + (0 if device.type == "cuda" else held)
     model_config = read_config(source)
     shape = lay_out(model_config, config)
     longest = _longest(config, shape, prompt_tokens)
-    # Memory has to do for the longest completions, time is that of the usual ones.
-    worst = Load(config.prompts_per_step, config.num_generations, prompt_tokens, longest)
-    load = replace(worst, completion_tokens=min(completion_tokens or longest, longest))
-    ranks = 1 + (_useful_workers(shape, device) if workers is None else workers)
+    usual = min(completion_tokens or longest, longest)
+    load = Load(config.prompts_per_step, config.num_generations, prompt_tokens, usual, longest)
+    with ExitStack() as open_ranks:
+        # All before the first model: ranks are forked from a process that has no threads yet.
+        teams = [open_ranks.enter_context(start() if _is_small(shape) else Ranks()) for _ in LAYERS]
+        return _estimate(source, model_config, config, shape, load, teams, clock)
 
-    # Nothing but the shallow model tells whether the fast path runs a model; dropout alone rules it out.
+
+def _estimate(
+    source: str,
+    model_config: PretrainedConfig,
+    config: GRPOConfig,
+    shape: Shape,
+    load: Load,
+    teams: Sequence[Ranks],
+    clock: Clock,
+) -> Estimate:
+    on_gpu, ranks = torch.cuda.is_available(), teams[0].count
+    device = torch.device("cuda" if on_gpu else "cpu")
+    own = 0 if on_gpu else peak_bytes() or 0
+    available = free_bytes(device) + own
+    # Only the shallow model tells whether the fast path runs a model; dropout alone rules it out.
     fast = not config.lora_dropout
 
     def memory_of(load: Load, shape: Shape) -> Memory:
-        return need(shape, load, device=device, ranks=ranks, own=held, available=available, fast=fast)
+        return need(shape, load, device=device, ranks=ranks, own=own, available=available, fast=fast)
 
-    memory = memory_of(worst, shape)
     measured, unmeasured = None, ""
-    trial = memory_of(replace(load, prompts=1, completion_tokens=1), shape.with_layers(min(max(LAYERS), shape.layers)))
-    if not memory.fits:
+    few = shape.with_layers(min(max(LAYERS), shape.layers))
+    trial = memory_of(replace(load, prompts=1, longest=1), few).peak
+    if not memory_of(load, shape).fits:
         unmeasured = "it does not fit"
-    elif 2 * trial.peak > available:
-        unmeasured = f"even a model of {max(LAYERS)} layers, which is timed in its place, would take {size(trial.peak)}"
+    elif 2 * trial > available:
+        unmeasured = f"a model of {few.layers} layers, which is timed in its place, would already take {size(trial)}"
     else:
-        timed = {} if clock is None else {"clock": clock}
-        measured = measure(model_config, config, load, device=device, slots=SLOTS, workers=ranks - 1, **timed)
-        fast = measured.path.startswith("fast")
-        memory = memory_of(worst, shape)
+        measured = measure(model_config, config, load, teams, slots=SLOTS, clock=clock)
+        fast, ranks = measured.fast, measured.ranks
     return Estimate(
         model=source,
         shape=shape,
         load=load,
-        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        device=torch.cuda.get_device_name() if on_gpu else "cpu",
         ranks=ranks,
-        threads=1 if ranks > 1 else torch.get_num_threads(),
-        path=measured.path if measured else "",
-        memory=memory,
+        threads=1 if ranks > 1 else available_cores(),
+        # The number of layers that it ends in is the shallow model's.
+        path=measured.path.partition(", adapter")[0] if measured else "",
+        notices=measured.notices if measured else [],
+        memory=memory_of(load, shape),
         seconds=measured.seconds(load) if measured else None,
         unmeasured=unmeasured,
         total_steps=None if config.epochs and not config.train_steps else config.total_steps(0),
-        advice=_advice(config, measured, memory_of, worst, shape),
+        advice=_advice(config, measured, memory_of, load, shape),
     )
 
 
@@ -133,17 +151,15 @@ def _longest(config: GRPOConfig, shape: Shape, prompt_tokens: int) -> int:
     return min(room, config.sampling_params.max_tokens)
 
 
-def _useful_workers(shape: Shape, device: torch.device) -> int:
-    """As `Ranks.load` decides on it."""
-    if device.type == "cuda" or 4 * (shape.linear + shape.vocab * shape.hidden) > SMALL_MODEL_BYTES:
-        return 0
-    return useful_workers()
+def _is_small(shape: Shape) -> bool:
+    """Whether `Ranks.load` lets a model have several ranks; on GPUs each has a card of its own."""
+    return torch.cuda.is_available() or 4 * (shape.linear + shape.vocab * shape.hidden) <= SMALL_MODEL_BYTES
 
 
 def _advice(config: GRPOConfig, measured: Measured | None, memory_of: MemoryOf, load: Load, shape: Shape) -> list[str]:
     """What would make it fit; what makes it slow and need not."""
     if memory_of(load, shape).fits:
-        dropped_out = measured is not None and measured.path.startswith("plain") and config.lora_dropout
+        dropped_out = measured is not None and not measured.fast and config.lora_dropout
         return ["lora_dropout=0 takes the fast path, which is several times faster"] if dropped_out else []
     smaller = [
         next((text for text, lighter, leaner in halved if memory_of(lighter, leaner).fits), None)
@@ -151,7 +167,7 @@ def _advice(config: GRPOConfig, measured: Measured | None, memory_of: MemoryOf, 
     ]
     if enough := [text for text in smaller if text]:
         return enough
-    least = memory_of(replace(load, prompts=1, group=2, completion_tokens=1), shape)
+    least = memory_of(replace(load, prompts=1, group=2, longest=1), shape)
     by_weights = least.parts["model"] + least.parts["merged copy"]
     largest = max(0.0, (least.available - (least.peak - by_weights)) * shape.weights / by_weights)
     return [
@@ -161,9 +177,9 @@ def _advice(config: GRPOConfig, measured: Measured | None, memory_of: MemoryOf, 
 
 
 def _shorter(load: Load, shape: Shape) -> Iterator[tuple[str, Load, Shape]]:
-    tokens = load.completion_tokens
+    tokens = load.longest
     while (tokens := tokens // 2) >= SHORTEST:
-        yield f"sampling_params.max_tokens={tokens}", replace(load, completion_tokens=tokens), shape
+        yield f"sampling_params.max_tokens={tokens}", replace(load, longest=tokens), shape
 
 
 def _fewer(load: Load, shape: Shape) -> Iterator[tuple[str, Load, Shape]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from rewardsmith.train.head import Head, PackLoss
 from rewardsmith.train.losses import LossSettings
 from rewardsmith.train.memory import Budget, out_of_memory
 from rewardsmith.train.packed import length, pack, split
+from rewardsmith.train.recompute import run_recomputing
 from rewardsmith.train.update import Gradient
 
 
@@ -80,10 +82,14 @@ def _gradient(
             with torch.no_grad():
                 reference_PH = run(weights, batch.ids_R, attend, BaseOps(), batch.predicting_P)
                 tokens = replace(tokens, reference_logps_N=head.logps(reference_PH, batch))
-        h_PH = run(weights, batch.ids_R, attend, ops, batch.predicting_P)
+        if budget.recompute:
+            h_PH, backward = run_recomputing(weights, batch.ids_R, attend, ops, batch.predicting_P)
+        else:
+            h_PH = run(weights, batch.ids_R, attend, ops, batch.predicting_P)
+            backward = partial(torch.autograd.backward, h_PH)
         with torch.no_grad():
             loss, d_PH = head.gradient(h_PH.detach(), batch, tokens, settings)
-        torch.autograd.backward(h_PH, d_PH)
+        backward(d_PH)
         parts.append(loss)
         for place, logps_T in zip(places, loss.logps_N.split(batch.lengths), strict=True):
             logps[place] = logps_T

@@ -18,6 +18,7 @@ from rewardsmith.errors import ModelError
 from rewardsmith.rollout.fast import SLOTS
 from rewardsmith.train.calibration import Load
 from rewardsmith.train.head import CHUNK_LOGITS
+from rewardsmith.train.learner import MERGED_SHARE
 from rewardsmith.train.lora import LINEAR
 from rewardsmith.train.memory import FEWEST_ROWS, ROWS, SHARE
 
@@ -125,31 +126,28 @@ def need(
 ) -> Memory:
     """Bytes at the peak of a step. `own` is what the first process holds before it has a model."""
     item = 2 if device.type == "cuda" else 4
+    ranks = 1 if device.type == "cuda" else ranks  # on GPUs each has a card, and all of this, to itself
     # Parameter, gradient and both moments; the engine's copy; each rank's gradient, once while it is summed up.
     copies = 5 + 2 * ranks if fast else 5
+    # In half precision, and where memory is short, the adapter is applied beside the weights.
+    merged = fast and item > 2 and item * shape.linear <= MERGED_SHARE * (available - item * shape.weights)
     parts = {
         "model": item * shape.weights,
-        # In half precision the adapter is applied beside the weights.
-        "merged copy": item * shape.adapted if fast and item > 2 else 0,
+        "merged copy": item * shape.adapted if merged else 0,
         "adapter, optimizer": ADAPTER_BYTES * copies * shape.adapter,
         "processes": 0 if device.type == "cuda" else own + (ranks - 1) * WORKER_BYTES,
     }
     room = max(0.0, SHARE * (available - sum(parts.values())))
-    return Memory(
-        parts=parts,
-        generation=_generation(shape, load, item, ranks, room, fast),
-        update=(update := _update(shape, load, item, ranks, room, fast))[0],
-        available=available,
-        micro_batch_tokens=update[1],
-    )
+    update, rows = _update(shape, load, item, ranks, room, fast)
+    return Memory(parts, _generation(shape, load, item, ranks, room, fast), update, available, rows)
 
 
 def _generation(shape: Shape, load: Load, item: int, ranks: int, room: float, fast: bool) -> int:
     """The cache of all that is sampled at a time, and the logits of its next token."""
     slots = min(load.completions, SLOTS * ranks) if fast else load.completions
     prompts = -(-slots // load.group) if fast else slots  # the plain engine has a copy for each completion
-    one = item * shape.cache_numbers() * (load.prompt_tokens + load.completion_tokens)
-    cache = item * shape.cache_numbers() * (prompts * load.prompt_tokens + slots * load.completion_tokens)
+    one = item * shape.cache_numbers() * (load.prompt_tokens + load.longest)
+    cache = item * shape.cache_numbers() * (prompts * load.prompt_tokens + slots * load.longest)
     return int(max(one, min(cache, room))) + 4 * slots * shape.vocab * 4
 
 
@@ -159,7 +157,7 @@ def _update(shape: Shape, load: Load, item: int, ranks: int, room: float, fast: 
     rows = ROWS["cpu" if item > 2 else "cuda"]
     while rows > max(room / ranks / row, FEWEST_ROWS):
         rows //= 2
-    longest = load.prompt_tokens + load.completion_tokens
+    longest = load.prompt_tokens + load.longest
     rows = max(longest, min(rows, load.packed_tokens // ranks))
     logits = min(CHUNK_LOGITS["cpu" if item > 2 else "cuda"], rows * shape.vocab) if fast else rows * shape.vocab
     return ranks * (rows * row + 3 * 4 * logits), rows

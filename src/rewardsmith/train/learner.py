@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rewardsmith.config import GRPOConfig
 from rewardsmith.rollout.adapter import adapter_tensors
-from rewardsmith.rollout.architecture import Unsupported, describe
-from rewardsmith.rollout.engine import Engine, stop_ids
+from rewardsmith.rollout.architecture import Architecture, Unsupported, describe
+from rewardsmith.rollout.engine import Engine, context_of, stop_ids
+from rewardsmith.rollout.memory import free_bytes
 from rewardsmith.rollout.plain import PlainEngine
 from rewardsmith.rollout.weights import Weights
 from rewardsmith.train import agreement, lora
@@ -30,11 +31,14 @@ from rewardsmith.train.rank import Sampling
 from rewardsmith.train.ranks import Ranks, available_cores
 from rewardsmith.train.update import Gradient, GradientPath, Update, make_optimizer, update
 
+MERGED_SHARE = 0.5  # of the free memory that a merged copy of the weights may take
+
 
 class Learner:
     """`base` gets an adapter of its own; `ranks` are started by the caller, early, and closed by it.
 
-    `notice` hears what a user should know of: a plain path and why, less memory than wanted.
+    `longest_prompt` is in tokens. `notice` hears what a user should know of: a plain path and why, less memory than
+    wanted. `path` says what runs, for the user.
     """
 
     def __init__(
@@ -44,11 +48,12 @@ class Learner:
         config: GRPOConfig,
         *,
         base_name: str = "",
+        longest_prompt: int = 0,
         ranks: Ranks | None = None,
         between_tokens: Callable[[], None] = lambda: None,
         notice: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self.config = config
+        self.config = config = corrected(config, base.dtype, notice)
         self.model = lora.attach(base, config, base_name)
         self.optimizer = make_optimizer(self.model, config.optimizer, config.learning_rate)
         self.vocab = min(len(tokenizer), base.config.get_text_config(decoder=True).vocab_size)
@@ -58,7 +63,8 @@ class Learner:
         self.dtype = base.dtype
         ranks = ranks or Ranks()
         try:
-            weights = fused(base, self.model, config)
+            weights = fused(self.model, config, notice)
+            check_context(weights.architecture, longest_prompt + config.sampling_params.max_tokens, self.model)
         except Unsupported as reason:
             ranks.close()
             torch.set_num_threads(available_cores())
@@ -66,13 +72,16 @@ class Learner:
             lora.add_rollout_adapter(self.model)
             self.engine = PlainEngine(self.model, tokenizer, lora.ROLLOUT, between_tokens=between_tokens)
             self.gradients = self.plain
-            self.path = f"plain: {reason}"
+            self.path = "plain"
         else:
             sampling = Sampling(stop_ids(self.model, tokenizer), self.vocab, tokenizer)
             ranks.load(weights, sampling, between_tokens, notice)
             self.engine = ranks
             self.gradients = FastPath(ranks, self.model)
-            self.path = f"fast: {ranks.count} rank(s), {torch.get_num_threads()} thread(s) each"
+            self.path = (
+                f"fast, {ranks.count} rank(s) of {torch.get_num_threads()} thread(s), kernels {ranks.kernel}, adapter "
+                f"{'merged into' if weights.merged else 'applied beside'} {weights.bound_modules} linear layers"
+            )
 
     def deliver(self, version: int) -> None:
         """Gives the policy to the engine. Raises DeliveryError unless the engine then holds it bit for bit."""
@@ -107,14 +116,35 @@ class Learner:
         return self.gradients.reference_logps(examples, self.config)
 
 
-def fused(base: PreTrainedModel, model: PeftModel, config: GRPOConfig) -> Weights:
+def fused(model: PeftModel, config: GRPOConfig, notice: Callable[[str], None]) -> Weights:
     """The base's weights for the fast path, room for the policy's adapter in them. Raises Unsupported."""
-    if config.lora_dropout:
-        raise Unsupported("lora_dropout is on")
-    architecture = describe(base)
-    weights = Weights.fuse(base, architecture)
-    weights.bind(adapter_tensors(model, lora.POLICY), config.lora_alpha / config.rank)
+    architecture = describe(model)
+    weights = Weights.fuse(model, architecture)
+    merge = None
+    if sum(projection.base_OI.nbytes for projection in weights.projections) > MERGED_SHARE * free_bytes(model.device):
+        notice("memory is short: the adapter is applied beside the base weights, which is slower than a merged copy")
+        merge = False
+    weights.bind(adapter_tensors(model, lora.POLICY), config.lora_alpha / config.rank, merge)
     return weights
+
+
+def check_context(architecture: Architecture, longest: int, model: PeftModel) -> None:
+    """Raises Unsupported when sequences of `longest` tokens go beyond what the fast path knows exactly of the model."""
+    known, own = architecture.context, context_of(model)
+    if known is not None and known < min(longest, own or longest):
+        raise Unsupported(f"beyond {known} tokens its rotary positions change, and this run may reach {longest}")
+
+
+def corrected(config: GRPOConfig, dtype: torch.dtype, notice: Callable[[str], None]) -> GRPOConfig:
+    """The config with a correction for the sampler where it leaves that open and 16-bit weights make it needed."""
+    correction = config.sampler_correction
+    if correction.mode is not None or dtype.itemsize > 2:
+        return config
+    notice(
+        f"weights are {str(dtype).removeprefix('torch.')}, so engine and trainer round differently: tokens are weighted "
+        f"by the ratio of their probabilities, at most {correction.high} (sampler_correction)"
+    )
+    return config.model_copy(update={"sampler_correction": correction.model_copy(update={"mode": "truncate"})})
 
 
 class FastPath:
@@ -132,7 +162,7 @@ class FastPath:
         for name, tensor in tensors.items():
             grad = self._parameters[name].grad
             assert grad is not None
-            grad += tensor
+            grad += tensor.to(grad.device)
         return gradient
 
     def reference_logps(self, examples: Sequence[Example], config: GRPOConfig) -> list[Tensor]:

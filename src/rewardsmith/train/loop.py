@@ -21,9 +21,8 @@ from rewardsmith.train.agreement import Mismatch
 from rewardsmith.train.batch import Example
 from rewardsmith.train.clock import Clock
 from rewardsmith.train.evaluate import BETTER_BY, PATIENCE, evaluate, exhausted, note_evaluation
-from rewardsmith.train.grpo import zero_signal
 from rewardsmith.train.metrics import step_metrics
-from rewardsmith.train.samples import Sample, examples, roll_out, totals_of, with_advantages
+from rewardsmith.train.samples import Sample, examples, roll_out, with_advantages
 from rewardsmith.train.segments import Moment, write_segments
 from rewardsmith.train.setup import Run
 from rewardsmith.train.update import Update
@@ -148,7 +147,8 @@ def pause_on_errors(run: Run, groups: Sequence[Sequence[Sample]]) -> None:
 
 def warn_without_signal(run: Run, groups: Sequence[Sequence[Sample]]) -> None:
     """Says it, once each time, when whole steps running had nothing to learn from."""
-    run.silent_steps = run.silent_steps + 1 if bool(zero_signal(totals_of(groups)).all()) else 0
+    silent = all(not sample.advantage for group in groups for sample in group)
+    run.silent_steps = run.silent_steps + 1 if silent else 0
     if run.silent_steps == min(SILENT_STEPS, run.total_steps):
         message = (
             f"nothing was learned in {run.silent_steps} steps running: the completions of each prompt all score the "

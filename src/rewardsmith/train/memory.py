@@ -21,16 +21,20 @@ FEWEST_ROWS = 64  # to begin with; halving may go below
 SHARE = 0.5  # of the free memory for one step's work: the estimate is not exact, and others want some
 
 
-def bytes_per_row(architecture: Architecture, itemsize: int, recompute: bool = False) -> int:
-    """What one token takes from its forward to its backward pass, logits and scores apart; `itemsize` in bytes."""
-    shape = architecture
-    heads = (shape.heads + shape.kv_heads) * shape.head_dim
+def bytes_per_row(weights: Weights, recompute: bool = False) -> int:
+    """What one token takes from its forward to its backward pass, logits and scores apart."""
+    shape, layer = weights.architecture, weights.layers[0]
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # The residual stream twice; q, k, v, and the attention's result; gate and up.
-    kept = 2 * shape.hidden + 2 * heads + 2 * shape.intermediate
+    kept = 2 * shape.hidden + 2 * (q + kv) + 2 * shape.intermediate
+    # What the norms take in that some families have more.
+    kept += q + 2 * kv if layer.q_norm is not None else 0
+    kept += 2 * shape.hidden if layer.post_mlp_norm is not None else 0
     # Gradients on their way through one layer: those of gate and up, with what they are made of, are the most.
     passing = 6 * shape.intermediate + 6 * shape.hidden
-    layers = len(shape.layers)
-    return itemsize * ((layers * shape.hidden + kept if recompute else layers * kept) + passing)
+    layers = len(weights.layers)
+    numbers = (layers * shape.hidden + kept if recompute else layers * kept) + passing
+    return weights.embed_VH.element_size() * numbers
 
 
 class Budget:
@@ -40,7 +44,7 @@ class Budget:
     """
 
     def __init__(self, architecture: Architecture, ranks: int = 1) -> None:
-        self._architecture, self._ranks = architecture, ranks
+        self._ranks = ranks
         self._rows: int | None = None
         self.recompute = False
         self.notice: Callable[[str], None] = lambda message: None
@@ -49,7 +53,7 @@ class Budget:
         if self._rows is None:
             like = weights.embed_VH
             room = free_bytes(like.device) * SHARE / self._ranks
-            affordable = int(room / bytes_per_row(self._architecture, like.element_size()))
+            affordable = int(room / bytes_per_row(weights))
             wanted = ROWS["cpu" if like.device.type == "cpu" else "cuda"]
             # In steps of two, so that a little more or less free memory does not change how a batch is divided.
             while wanted > max(affordable, FEWEST_ROWS):

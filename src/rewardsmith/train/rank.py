@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,38 +35,36 @@ class Sampling:
     tokenizer: Any = None
 
 
-@dataclass
 class Rank:
-    """`gradients` has the names and shapes of the bound adapter; its tensors are views of this rank's own row."""
+    """Rank `number` of `count`. `row_F` is where its gradient goes, all numbers of the adapter in one row.
 
-    number: int
-    count: int
-    weights: Weights
-    gradients: Mapping[str, Tensor]
-    engine: FastEngine
-    budget: Budget
-    vocab: int
+    With a `device`, the weights are copied there; else they are used where they are, which may be shared memory.
+    """
 
-    @classmethod
-    def make(
-        cls,
+    def __init__(
+        self,
         number: int,
         count: int,
         weights: Weights,
-        gradients_F: Tensor,
+        device: str | None,
+        row_F: Tensor,
         sampling: Sampling,
         between_tokens: Callable[[], None],
-    ) -> Self:
-        """`gradients_F` is this rank's row, with room for all numbers of the adapter."""
-        engine = FastEngine(
-            weights,
+    ) -> None:
+        self.number, self.count = number, count
+        self.weights = weights if device is None else weights.on(device)
+        self.engine = FastEngine(
+            self.weights,
             stop_ids=sampling.stop_ids,
             vocab=sampling.vocab,
             tokenizer=sampling.tokenizer,
             between_tokens=between_tokens,
         )
-        gradients = _views(gradients_F, weights.adapter())
-        return cls(number, count, weights, gradients, engine, Budget(weights.architecture, count), sampling.vocab)
+        self.budget = Budget(weights.architecture, count)
+        self._vocab = sampling.vocab
+        self._row_F = row_F
+        # The row is rank 0's to read, in shared memory; on a GPU the gradient is computed there first.
+        self._own_F = row_F.to(self.weights.embed_VH.device)
 
     def generate(
         self,
@@ -79,8 +77,13 @@ class Rank:
         return self.engine.generate(prompts, counts, params, seeds)
 
     def merge(self) -> None:
-        """This rank's part of the merged copy."""
+        """This rank's part of a merged copy that all ranks read."""
         self.weights.merge(self.number, self.count)
+
+    def deliver(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """The policy's adapter, to a rank with weights of its own. Raises DeliveryError."""
+        self.engine.load_adapter(tensors, version)
+        self.weights.verify(version)
 
     def gradient(
         self,
@@ -90,32 +93,36 @@ class Rank:
         old_logps: list[Tensor | None] | None,
     ) -> Gradient:
         """Of a share of the batch, into this rank's row."""
-        for tensor in self.gradients.values():
-            tensor.zero_()
-        return fast.gradient(
+        self._own_F.zero_()
+        gradient = fast.gradient(
             self.weights,
             examples,
             settings,
             temperature=temperature,
-            vocab=self.vocab,
-            gradients=self.gradients,
+            vocab=self._vocab,
+            gradients=self.views(self._own_F),
             budget=self.budget,
             old_logps=old_logps,
         )
+        if self._own_F is not self._row_F:
+            self._row_F.copy_(self._own_F)
+        return gradient
 
+    def reference_logps(self, examples: Sequence[Example], temperature: float) -> list[Tensor]:
+        """Of each completion's tokens under the model with its adapter off."""
+        return fast.logps(self.weights, examples, temperature, self._vocab, base=True)
 
-def _views(row_F: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    ends = [0, *accumulate(tensor.numel() for tensor in like.values())]
-    pieces = [row_F[start:stop] for start, stop in pairwise(ends)]
-    return {name: piece.view(like[name].shape) for name, piece in zip(like, pieces, strict=True)}
-
-
-def row_size(weights: Weights) -> int:
-    """Numbers of the bound adapter."""
-    return sum(tensor.numel() for tensor in weights.adapter().values())
+    def views(self, row_F: Tensor) -> dict[str, Tensor]:
+        """A row as tensors with the names and shapes of the adapter."""
+        like = self.weights.adapter()
+        ends = [0, *accumulate(tensor.numel() for tensor in like.values())]
+        pieces = [row_F[start:stop] for start, stop in pairwise(ends)]
+        return {name: piece.view(like[name].shape) for name, piece in zip(like, pieces, strict=True)}
 
 
 def new_rows(weights: Weights, count: int) -> Tensor:
     """`count` rows of zeros for the gradients of as many ranks."""
-    first = next(iter(weights.adapter().values()))
-    return torch.zeros(count, row_size(weights), dtype=first.dtype, device=first.device)
+    adapter = weights.adapter()
+    first = next(iter(adapter.values()))
+    size = sum(tensor.numel() for tensor in adapter.values())
+    return torch.zeros(count, size, dtype=first.dtype, device=first.device)

@@ -1,9 +1,10 @@
-"""Data parallel on one machine: this process is rank 0, worker processes of one thread each are the others.
+"""Data parallel on one machine: this process is rank 0, worker processes are the others.
 
-All ranks read the same weights in shared memory. Each makes a part of the merged copy, samples a share of the
-completions, and computes the gradient of a share of the batch into a row of its own; rank 0 adds the rows up. The
-global batch defines the loss, so the number of ranks changes nothing but rounding. What one rank does is in `rank`, who
-gets which completions in `shares`.
+On CPUs a rank has one thread, and all ranks read the same weights in shared memory, of which each makes a part of the
+merged copy. On GPUs each rank has a card and its own copy of the weights (not run on several GPUs). A rank samples a
+share of the completions and computes the gradient of a share of the batch into a row of its own; rank 0 adds the rows
+up. The global batch defines the loss, so the number of ranks changes nothing but rounding. What one rank does is in
+`rank`, who gets which completions in `shares`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import wait
 from types import TracebackType
@@ -45,27 +46,38 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def useful_workers() -> int:
-    """Workers beside this process that a small model can use: one for each other core; none beside a GPU."""
-    return 0 if torch.cuda.is_available() else min(available_cores(), MAX_RANKS) - 1
-
-
 class Ranks:
     """Start it early, before the process has a model and threads; `load` then gives it the weights to work with.
 
-    Samples as an `Engine` does, with all ranks. Use it as a context manager, or `close` it.
+    `workers` processes share memory with this one; with `devices`, each rank has weights of its own on one of them,
+    rank 0 on the first. Samples as an `Engine` does, with all ranks. Use it as a context manager, or `close` it.
     """
 
-    def __init__(self, workers: int = 0) -> None:
-        # A forked worker shares what this process has loaded so far, torch above all. Elsewhere forking is not safe.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    def __init__(self, workers: int = 0, devices: Sequence[str] = ()) -> None:
+        self._devices = devices
+        # A forked worker shares what this process has loaded so far, torch above all. With GPUs, and elsewhere, forking
+        # is not safe.
+        forks = sys.platform == "linux" and not devices
+        context = multiprocessing.get_context("fork" if forks else "spawn")
         self._workers: list[Worker] = []
-        for number in range(1, workers + 1):
+        for number in range(1, max(workers, len(devices) - 1) + 1):
             self._workers.append(Worker(context, number, self._workers))
+
+    @classmethod
+    def of_this_machine(cls) -> Self:
+        """One rank for each GPU, else one for each core, at most 8; those that a model has no use for end in `load`."""
+        if torch.cuda.is_available():
+            return cls(devices=[f"cuda:{i}" for i in range(torch.cuda.device_count())])
+        return cls(min(available_cores(), MAX_RANKS) - 1)
 
     @property
     def count(self) -> int:
         return 1 + len(self._workers)
+
+    @property
+    def kernel(self) -> str:
+        """What the engine computes with, see `FastEngine`."""
+        return self._own.engine.kernel
 
     def load(
         self,
@@ -79,32 +91,34 @@ class Ranks:
         Workers that a model of this size has no use for end here, and this process takes their threads.
         """
         self._between_tokens = between_tokens
-        self._end_useless_workers(weights, notice)
-        torch.set_num_threads(1 if self._workers else available_cores())
+        if not self._devices:
+            self._end_useless_workers(weights, notice)
+            torch.set_num_threads(1 if self._workers else available_cores())
         self._rows_RF = new_rows(weights, self.count)
         if self._workers:
-            weights.share()
-            self._rows_RF.share_memory_()
+            self._rows_RF = self._rows_RF.cpu().share_memory_()  # type: ignore[no-untyped-call]
+            sent = weights.on("cpu") if self._devices else weights
+            sent.share()
         for worker in self._workers:
-            worker.order("load", worker.number, self.count, weights, self._rows_RF[worker.number], sampling)
-        self._own = Rank.make(0, self.count, weights, self._rows_RF[0], sampling, self._between)
+            device = self._devices[worker.number] if self._devices else None
+            worker.order("load", worker.number, self.count, sent, device, self._rows_RF[worker.number], sampling)
+        self._own = Rank(0, self.count, weights, None, self._rows_RF[0], sampling, self._between)
         self._own.budget.notice = notice
         self._answers()
 
     def _end_useless_workers(self, weights: Weights, notice: Callable[[str], None]) -> None:
         size = sum(projection.base_OI.nbytes for projection in weights.projections) + weights.embed_VH.nbytes
-        keep = size <= SMALL_MODEL_BYTES and weights.embed_VH.device.type == "cpu"
-        if keep and self._workers and not _fits_shared_memory(3 * size):
+        if size > SMALL_MODEL_BYTES or weights.embed_VH.device.type != "cpu":
+            self.close()
+        elif self._workers and not _fits_shared_memory(3 * size):
             notice("one process trains: /dev/shm is too small for more; in a container, raise --shm-size")
-            keep = False
-        if not keep:
             self.close()
 
     # ---- Engine -----------------------------------------------------------------------------------------------------
 
     def generate(
         self, prompts: Sequence[list[int]], num_generations: int, params: SamplingParamsConfig, seeds: Sequence[int]
-    ) -> Iterator[tuple[int, list[Completion]]]:
+    ) -> Generator[tuple[int, list[Completion]], None, None]:
         """As `Engine.generate`: every group as soon as it is whole. A group may be drawn by two ranks."""
         costs = [[params.max_tokens + len(prompt) / num_generations] * num_generations for prompt in prompts]
         divided = shares(costs, self.count)
@@ -142,10 +156,17 @@ class Ranks:
                 worker.cancel()
 
     def load_adapter(self, tensors: Mapping[str, Tensor], version: int) -> None:
-        """Copies the policy's adapter and makes the merged weights anew, each rank a part of them.
+        """Copies the policy's adapter and makes the merged weights anew, where memory is shared each rank a part.
 
         Raises DeliveryError when it does not fit, and when what will be multiplied with is not base plus adapter.
         """
+        if self._devices:
+            on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+            for worker in self._workers:
+                worker.order("deliver", on_cpu, version)
+            self._own.deliver(tensors, version)
+            self._answers()
+            return
         self._own.engine.take_adapter(tensors, version)
         for worker in self._workers:
             worker.order("merge")
@@ -179,11 +200,11 @@ class Ranks:
         parts = [self._own.gradient(*work(places[0])), *self._answers()]
         for row_F in self._rows_RF[1:]:
             self._rows_RF[0] += row_F
-        return _sum(parts, places), self._own.gradients
+        return _sum(parts, places), self._own.views(self._rows_RF[0])
 
     def reference_logps(self, examples: Sequence[Example], temperature: float) -> list[Tensor]:
         """Of each completion's tokens under the model with its adapter off, by this rank alone."""
-        return fast.logps(self._own.weights, examples, temperature, self._own.vocab, base=True)
+        return self._own.reference_logps(examples, temperature)
 
     # ---- Workers ----------------------------------------------------------------------------------------------------
 

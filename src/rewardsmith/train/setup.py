@@ -72,14 +72,18 @@ def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool], ranks:
         for message in _remarks(config, total_steps, train, held_out, left_out, context):
             journal.event("warning", message)
 
+    def warn(message: str) -> None:
+        journal.event("warning", message)
+
     learner = Learner(
         base,
         tokenizer,
         config,
         base_name=spec.base_model_source,
+        longest_prompt=max(len(prompt.ids) for prompt in [*train, *held_out]),
         ranks=ranks,
         between_tokens=journal.check,
-        notice=lambda message: journal.event("warning", message),
+        notice=warn,
     )
     if spec.resume:
         progress = checkpoint.restore(artifacts, spec.resume.state_path, learner.model, learner.optimizer)
@@ -108,7 +112,8 @@ def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool], ranks:
         yielding=yielding,
     )
     log.info("%d rows, %d held out, steps %d to %d", len(train), len(held_out), progress.step + 1, total_steps)
-    log.info("%s", learner.path)
+    if learner.path != "plain":  # that was said already, with the reason
+        journal.event("info", f"what trains: {learner.path}", step=progress.step)
     try:
         yield run
     finally:

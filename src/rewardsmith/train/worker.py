@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -116,7 +116,7 @@ def _serve(connection: Connection, foreign: Sequence[Connection]) -> None:
             name, *arguments = connection.recv()
             try:
                 if name == "load":
-                    rank = Rank.make(*arguments, between_tokens=lambda: _stop_when_asked(connection))
+                    rank = Rank(*arguments, lambda: _stop_when_asked(connection))
                     result = None
                 elif name == "cancel":
                     continue  # it crossed the end of what it was to cancel
@@ -139,10 +139,8 @@ def _carry_out(connection: Connection, rank: Rank, name: str, arguments: list[An
         for group in rank.generate(*arguments):
             connection.send(("group", group))
         return None
-    if name == "merge":
-        return rank.merge()
-    assert name == "gradient", f"unknown order {name}"
-    return rank.gradient(*arguments)
+    orders: dict[str, Callable[..., Any]] = {"merge": rank.merge, "deliver": rank.deliver, "gradient": rank.gradient}
+    return orders[name](*arguments)
 
 
 def _stop_when_asked(connection: Connection) -> None:

@@ -1,0 +1,152 @@
+"""The budget of a micro-batch: what memory allows, what happens when it runs out, and what a step really takes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fused_models import batch, fast_gradient, policy, relative_difference
+
+from rewardsmith.errors import ModelError
+from rewardsmith.train import memory
+from rewardsmith.train.losses import LossSettings
+from rewardsmith.train.memory import Budget, bytes_per_row, out_of_memory
+from rewardsmith.train.packed import length
+
+TESTS = Path(__file__).parents[1]
+
+
+def test_ample_memory_gives_a_constant_and_little_a_power_of_two_less(monkeypatch: pytest.MonkeyPatch):
+    _, weights = policy()
+    per_row = bytes_per_row(weights)
+
+    def rows(free: int, ranks: int = 1) -> int:
+        monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+        return Budget(weights.architecture, ranks).rows(weights)
+
+    plenty = int(per_row * memory.ROWS["cpu"] / memory.SHARE)
+    assert rows(100 * plenty) == rows(plenty + per_row) == memory.ROWS["cpu"]
+    assert rows(plenty - per_row) == rows(int(0.6 * plenty)) == memory.ROWS["cpu"] // 2
+    assert rows(plenty + per_row, ranks=4) == memory.ROWS["cpu"] // 4
+    assert rows(0) == memory.FEWEST_ROWS
+
+
+def test_recomputing_takes_less():
+    _, weights = policy()
+    assert bytes_per_row(weights, recompute=True) < bytes_per_row(weights)
+
+
+def test_memory_that_runs_out_halves_then_recomputes_then_ends_the_job():
+    _, weights = policy()
+    budget, heard = Budget(weights.architecture), []
+    budget.notice = heard.append
+    assert budget.rows(weights) == 2048
+    budget.shrink(longest=600)
+    assert (budget.rows(weights), budget.recompute) == (1024, False)
+    budget.shrink(longest=600)
+    assert (budget.rows(weights), budget.recompute) == (512, False)
+    budget.shrink(longest=600)
+    assert (budget.rows(weights), budget.recompute) == (512, True)
+    with pytest.raises(ModelError, match="one completion of 600 tokens"):
+        budget.shrink(longest=600)
+    assert len(heard) == 3 and "1024" in heard[0] and "twice" in heard[2]
+
+
+def test_what_counts_as_out_of_memory():
+    with pytest.raises(RuntimeError) as asked:
+        torch.empty(2**62, dtype=torch.uint8)
+    assert out_of_memory(asked.value)
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and out_of_memory(MemoryError())
+    with pytest.raises(RuntimeError) as other:
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not out_of_memory(other.value)
+
+
+def test_an_attempt_that_fails_leaves_nothing_in_the_gradient(monkeypatch: pytest.MonkeyPatch):
+    """The third micro-batch runs out of memory, once: everything is computed again, with half as much at a time."""
+    _, weights = policy()
+    settings = LossSettings(beta=0.1)
+    _, expected = fast_gradient(weights, batch(), settings)
+    budget, heard = Budget(weights.architecture), []
+    budget._rows, budget.notice = 40, heard.append
+    calls = []
+    whole_pack = torch.autograd.backward
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            torch.empty(2**62, dtype=torch.uint8)
+        whole_pack(*arguments, **options)
+
+    monkeypatch.setattr(torch.autograd, "backward", failing)
+    _, gradients = fast_gradient(weights, batch(), settings, budget=budget)
+    assert relative_difference(gradients, expected) < 1e-12
+    assert len(heard) == 1 and budget.rows(weights) == 20
+
+
+# Runs in a process of its own: {rows, groups, spare: MiB it may take over what it has, or 0 for no limit}.
+STEP = """
+import json, resource, sys
+sys.path[:0] = [{tests!r}, {tests!r} + "/train"]
+import torch
+from fused_models import batch, fast_gradient, policy
+from rewardsmith.train.losses import LossSettings
+from rewardsmith.train.memory import Budget
+import tiny_models
+tiny_models.ODDITIES["qwen2"] |= dict(
+    hidden_size=256, intermediate_size=1024, num_hidden_layers=4, max_position_embeddings=4096
+)
+_, weights = policy("qwen2", torch.float32)
+examples = batch([([1 + i] * 60, (129,) * 3) for i in range({groups})])
+budget, heard = Budget(weights.architecture), []
+budget._rows, budget.notice = {rows}, heard.append
+fast_gradient(weights, examples[:1], LossSettings(), budget=budget)  # threads, libraries, buffers
+def size(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak from here on
+before = size("VmRSS")
+if {spare}:
+    limit = size("VmSize") + {spare} * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+error = ""
+try:
+    _, gradients = fast_gradient(weights, examples, LossSettings(), budget=budget)
+except Exception as failure:
+    error, gradients = type(failure).__name__, {{}}
+print(json.dumps(dict(
+    peak=size("VmHWM") - before, heard=heard, error=error, recompute=budget.recompute, rows=budget.rows(weights),
+    norm=float(sum(tensor.double().square().sum() for tensor in gradients.values()) ** 0.5),
+)))
+"""
+
+
+def step(rows: int, groups: int, spare: int = 0) -> dict:
+    code = STEP.format(tests=str(TESTS), rows=rows, groups=groups, spare=spare)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and limits the address space")
+def test_peak_memory_grows_with_the_budget_and_not_with_the_batch():
+    small, more, large = step(256, 2), step(256, 6), step(2048, 6)
+    assert more["peak"] < 1.25 * small["peak"] + 2**21
+    assert large["peak"] > 2 * small["peak"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_step_that_runs_out_of_memory_goes_on_with_less():
+    free, tight = step(2048, 2), step(2048, 2, spare=60)
+    assert tight["heard"] and tight["error"] == "" and tight["rows"] < 2048
+    assert tight["norm"] == pytest.approx(free["norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_a_step_without_any_memory_says_so():
+    nothing = step(256, 1, spare=1)
+    assert nothing["error"] == "ModelError" and nothing["recompute"]
+    assert len(batch()) and length(batch()[0]) == 3
