@@ -73,10 +73,10 @@ def test_the_page_says_what_fits_how_long_it_takes_and_what_it_rests_on():
         "  generate                60.0 s  ━━━━━━━━━━━━━━━━━━━━━━━━",
         "  update                  30.0 s  ━━━━━━━━━━━━",
         "  deliver                 0.05 s",
-        "                        reward functions, evaluations and checkpoints come on top",
+        "                        reward functions, evaluations, checkpoints come on top",
         "",
         "This rests on",
-        "  a step                2 prompt(s) x 8 completions of 256 + 300 tokens, at most 1024",
+        "  a step                2 x 8 completions of 256 + 300 tokens, at most 1024",
         "  machine               cpu, 2 thread(s) for each of 1 rank(s)",
         "  path                  fast, 1 rank(s) of 2 thread(s), kernels native",
         "  adapter               merged into a copy of the weights",
@@ -92,7 +92,7 @@ def test_what_does_not_fit_says_what_would():
     lines = page(found)
     assert lines[2] == "It does not fit: 3.6 GiB at the peak, 1.0 GiB are free."
     assert "How long a step takes was not measured: it does not fit." in lines
-    assert lines[-3:] == ["What would make it fit:", "  rank=8", "  \N{REPLACEMENT CHARACTER}[2Jrank=4"]
+    assert lines[-3:] == ["What would make it fit", "  rank=8", "  \N{REPLACEMENT CHARACTER}[2Jrank=4"]
     assert not [line for line in lines if line.startswith("  merged copy")]
 
 

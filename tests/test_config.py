@@ -12,14 +12,12 @@ from pydantic import BaseModel
 from rewardsmith.config import (
     GRPOConfig,
     OptimizerConfig,
-    RewardFunction,
-    RewardFunctionsConfig,
-    RewardFunctionsRuntimeConfig,
     SamplingParamsConfig,
     SchedulerConfig,
 )
 from rewardsmith.errors import ConfigError, RewardSourceError
 from rewardsmith.home import ServerConfig, default_base_url, default_home
+from rewardsmith.reward_config import RewardFunction, RewardFunctionsConfig, RewardFunctionsRuntimeConfig
 
 
 def short(prompt, completion, example):

@@ -12,12 +12,13 @@ HEAVY = {
 
 # module prefix -> (what it may import from the package, which third parties). The longest matching prefix decides.
 TABLE: dict[str, tuple[set[str], set[str]]] = {
-    "": ({"client", "config", "errors"}, set()),
+    "": ({"client", "config", "errors", "reward_config"}, set()),
     "home": (set(), set()),
     "errors": (set(), set()),
     "quantities": (set(), set()),
     "section": ({"errors"}, {"pydantic"}),
-    "config": ({"errors", "section", "rewards.source"}, {"pydantic"}),
+    "config": ({"errors", "section", "reward_config"}, {"pydantic"}),
+    "reward_config": ({"errors", "section", "rewards.source"}, {"pydantic"}),
     "catalog": ({"errors"}, set()),
     "wire": ({"errors", "wire"}, {"pydantic"}),
     "rewards.source": (set(), set()),
@@ -39,10 +40,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "jobs": ({"errors", "config", "wire", "store", "jobs"}, {"psutil", "httpx"}),
     "jobs.entry": ({"errors", "config", "wire", "train", "rollout", "rewards"}, {"torch"}),
     "server": (
-        {"errors", "config", "home", "catalog", "wire", "store", "rewards", "jobs", "server"},
+        {"errors", "config", "reward_config", "home", "catalog", "wire", "store", "rewards", "jobs", "server"},
         {"fastapi", "starlette", "uvicorn", "pydantic", "websockets", "packaging"},
     ),
-    "demo": ({"demo", "client", "config", "errors", "home", "wire"}, {"rich"}),
+    "demo": ({"demo", "client", "config", "reward_config", "errors", "home", "wire"}, {"rich"}),
     "doctor": ({"errors", "config", "home", "catalog", "client"}, {"rich", "psutil", "torch", "packaging"}),
     "__main__": ({"cli"}, set()),
     "cli": ({"*"}, {"typer", "rich"}),

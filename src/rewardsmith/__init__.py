@@ -7,9 +7,6 @@ from rewardsmith.client import Rewardsmith
 from rewardsmith.config import (
     GRPOConfig,
     OptimizerConfig,
-    RewardFunction,
-    RewardFunctionsConfig,
-    RewardFunctionsRuntimeConfig,
     SamplerCorrectionConfig,
     SamplingParamsConfig,
     SchedulerConfig,
@@ -26,6 +23,7 @@ from rewardsmith.errors import (
     ServerError,
     ServerUnreachable,
 )
+from rewardsmith.reward_config import RewardFunction, RewardFunctionsConfig, RewardFunctionsRuntimeConfig
 
 __version__ = "0.1.0"
 

@@ -12,8 +12,8 @@ import httpx
 import uvicorn
 from processes import wait_until
 
-from rewardsmith.config import RewardFunction
 from rewardsmith.home import ServerConfig
+from rewardsmith.reward_config import RewardFunction
 from rewardsmith.server.app import create_app
 from rewardsmith.store import Claim, Store
 

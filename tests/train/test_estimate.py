@@ -15,6 +15,7 @@ from rewardsmith.errors import ModelError
 from rewardsmith.rollout.architecture import describe
 from rewardsmith.rollout.cache import PAGE, Cache
 from rewardsmith.rollout.sampling import completion_seed
+from rewardsmith.rollout.weights import Weights
 from rewardsmith.train import calibration, lora
 from rewardsmith.train.batch import Example
 from rewardsmith.train.calibration import Load, Measured, Parts, endless_tokenizer, shallow_model
@@ -72,7 +73,7 @@ def test_a_model_without_weights_has_the_shapes_of_the_real_one(family: str, tar
     assert shape.weights == sum(parameter.numel() for parameter in model.parameters())
     architecture = describe(model)
     assert 4 * shape.cache_numbers() * PAGE <= Cache(architecture, torch.zeros(1)).page_bytes
-    assert 4 * shape.row_numbers() == bytes_per_row(architecture, 4)
+    assert 4 * shape.row_numbers() == bytes_per_row(Weights.fuse(model, architecture))
     policy = lora.attach(model, run, "")
     assert shape.adapter == sum(parameter.numel() for parameter in lora.parameters(policy))
 

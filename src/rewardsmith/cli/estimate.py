@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from rewardsmith import catalog
@@ -55,6 +57,7 @@ def estimate(
     wanted = read_config(config, None, given)
     if wanted.base_model is None:
         raise ConfigError("which model? Name it with --base-model, or as base_model in the config")
+    source = catalog.source_of(wanted.base_model)
     # As a job's process does, before torch is imported; what libraries have to say is not for this page.
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -63,7 +66,6 @@ def estimate(
         from rewardsmith.train import estimate as estimating
 
     try:
-        source = catalog.source_of(wanted.base_model)
         found = estimating.estimate(source, wanted, prompt_tokens, completion_tokens)
     except ModelError as error:
         raise ConfigError(error.message) from None
@@ -75,59 +77,61 @@ def estimate(
 
 
 def show(name: str, found: Estimate, out: Console) -> None:
-    for line in _lines(name, found):
-        out.print(line, soft_wrap=True)
-
-
-def _lines(name: str, found: Estimate) -> Iterator[Text]:
     shape, memory = found.shape, found.memory
     weights = f"{shape.weights / 1e9:.1f} billion" if shape.weights >= 1e9 else f"{shape.weights / 1e6:.1f} million"
-    yield Text.assemble((printable(name), "bold"), f"  {shape.family}, {shape.layers} layers, {weights} parameters")
-    yield Text()
+    facts = f"  {shape.family}, {shape.layers} layers, {weights} parameters"
+    out.print(Text.assemble((printable(name), "bold"), facts))
+
     free = f"{size(memory.peak)} at the peak, {size(memory.available)} are free"
-    yield Text(f"It fits: {free}.", "green") if memory.fits else Text(f"It does not fit: {free}.", "bold red")
+    fits = Text(f"It fits: {free}.", "green") if memory.fits else Text(f"It does not fit: {free}.", "bold red")
     parts = {**memory.parts, "generation or update": max(memory.generation, memory.update)}
-    yield from _bars({part: float(count) for part, count in parts.items() if count}, size)
-    yield Text()
+    _print(out, fits, _bars({part: float(count) for part, count in parts.items() if count}, size))
+
     if found.seconds is None or found.per_step is None:
-        yield Text(f"How long a step takes was not measured: {found.unmeasured}.")
+        out.print(f"\nHow long a step takes was not measured: {found.unmeasured}.", markup=False)
     else:
         total = "" if found.total is None else f", {found.total_steps} steps about {duration(found.total)}"
-        yield Text(f"A step takes about {figure(found.per_step)} s{total}.", "bold")
-        yield from _bars(found.seconds, lambda seconds: f"{figure(seconds)} s")
-        yield _detail("", "reward functions, evaluations and checkpoints come on top")
-    yield Text()
-    yield from _grounds(found)
+        heading = Text(f"A step takes about {figure(found.per_step)} s{total}.", "bold")
+        on_top = ("", Text("reward functions, evaluations, checkpoints come on top"))
+        _print(out, heading, [*_bars(found.seconds, lambda seconds: f"{figure(seconds)} s"), on_top])
+
+    _print(out, Text("This rests on", "bold"), [(name, Text(printable(text))) for name, text in _grounds(found)])
     if found.advice:
-        yield Text()
-        yield Text("What would make it fit:" if not memory.fits else "What would make it faster:", "bold")
-        yield from (Text(f"  {advice}") for advice in found.advice)
+        heading = Text(f"What would make it {'faster' if memory.fits else 'fit'}", "bold")
+        _print(out, heading, [("", Text(printable(advice))) for advice in found.advice], label_width=0)
 
 
-def _grounds(found: Estimate) -> Iterator[Text]:
+def _print(out: Console, heading: Text, rows: Iterable[tuple[str, Text]], label_width: int = LABEL_WIDTH) -> None:
+    """A block of lines; a text that is too long for the terminal goes on below itself."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(width=label_width, style="dim", no_wrap=True)
+    table.add_column()
+    for label, text in rows:
+        table.add_row(label, text)
+    out.print()
+    out.print(heading)
+    out.print(Padding(table, (0, 0, 0, 2 if label_width else 0)))
+
+
+def _bars(values: Mapping[str, float], text: Callable[[float], str]) -> Iterator[tuple[str, Text]]:
+    most = max(values.values())
+    for label, value in values.items():
+        yield label, Text.assemble(f"{text(value):>8}  ", ("━" * round(BAR_WIDTH * value / most), "cyan"))
+
+
+def _grounds(found: Estimate) -> Iterator[tuple[str, str]]:
     """What the figures rest on."""
     load = found.load
     lengths = f"{load.prompt_tokens} + {load.completion_tokens} tokens"
     limit = f", at most {load.longest}" if load.longest > load.completion_tokens else ""
-    yield Text("This rests on", "bold")
-    yield _detail("a step", f"{load.prompts} prompt(s) x {load.group} completions of {lengths}{limit}")
-    yield _detail("machine", f"{found.device}, {found.threads} thread(s) for each of {found.ranks} rank(s)")
+    yield "a step", f"{load.prompts} x {load.group} completions of {lengths}{limit}"
+    yield "machine", f"{found.device}, {found.threads} thread(s) for each of {found.ranks} rank(s)"
     if found.path:
-        yield _detail("path", found.path)
+        yield "path", found.path
         beside = "applied beside the weights" + ", which is slower than what was timed" * (found.device == "cpu")
-        yield _detail("adapter", "merged into a copy of the weights" if found.memory.parts["merged copy"] else beside)
-    yield _detail("micro-batch", f"up to {found.memory.micro_batch_tokens} tokens in each rank")
-    yield from (_detail("note", notice) for notice in found.notices)
-
-
-def _bars(values: Mapping[str, float], text: Callable[[float], str]) -> Iterator[Text]:
-    most = max(values.values())
-    for label, value in values.items():
-        yield _detail(label, f"{text(value):>8}  ", "━" * round(BAR_WIDTH * value / most))
-
-
-def _detail(label: str, text: str, bar: str = "") -> Text:
-    return Text.assemble((f"  {label:<{LABEL_WIDTH}}  ", "dim"), printable(text), (bar, "cyan"))
+        yield "adapter", "merged into a copy of the weights" if found.memory.parts["merged copy"] else beside
+    yield "micro-batch", f"up to {found.memory.micro_batch_tokens} tokens in each rank"
+    yield from (("note", notice) for notice in found.notices)
 
 
 def _plain(found: Estimate) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from rewardsmith.config import GRPOConfig, RewardFunction, RewardFunctionsConfig
+from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import ConfigError, RewardSourceError
+from rewardsmith.reward_config import RewardFunction, RewardFunctionsConfig
 from rewardsmith.rewards import source as reward_source
 
 ConfigFile = Annotated[

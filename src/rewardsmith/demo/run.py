@@ -28,7 +28,6 @@ from rewardsmith.client.objects import Adapter, FinetuningJob
 from rewardsmith.config import (
     GRPOConfig,
     OptimizerConfig,
-    RewardFunctionsConfig,
     SamplingParamsConfig,
     SchedulerConfig,
 )
@@ -36,6 +35,7 @@ from rewardsmith.demo import countdown
 from rewardsmith.demo.plot import curve
 from rewardsmith.errors import RewardsmithError
 from rewardsmith.home import DEFAULT_PORT, default_base_url, default_home
+from rewardsmith.reward_config import RewardFunctionsConfig
 
 REPO = "countdown-demo"
 TRAIN_ROWS, HELD_OUT_ROWS = 300, 256

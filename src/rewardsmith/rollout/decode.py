@@ -35,6 +35,7 @@ class Decoder:
         self.architecture = weights.architecture
         self.rotary = Rotary(weights.architecture, weights.embed_VH)
         self.cache = Cache(weights.architecture, weights.embed_VH)
+        self._graphs: Graphs | None = None
 
     def read(self, prompts: Sequence[Prompt]) -> None:
         """Computes prompts in one forward; fills their pages and `hidden_H`."""
@@ -64,7 +65,18 @@ class Decoder:
 
     def step(self, rows: Rows, tables: Tables) -> Tensor:
         """Feeds each sequence its last token: hidden states, N x H. Positions must have been reserved in `rotary`."""
+        if self.kernels.name != "triton" or not rows.slot_N.is_cuda:
+            return self._step(rows, tables)
+        memory = (
+            tables,
+            self.cache.keys.data_ptr(),
+            self.cache.values.data_ptr(),
+        )
+        if self._graphs is None:
+            self._graphs = Graphs(lambda rows: self._step(rows, tables))
+        return self._graphs.run(rows, memory)
 
+    def _step(self, rows: Rows, tables: Tables) -> Tensor:
         def attend(layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:
             return self.kernels.attend(self.rotary, self.cache, tables, rows, layer, q_NHD, k_NKD, v_NKD)
 

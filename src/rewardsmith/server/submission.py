@@ -15,8 +15,9 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 
 from rewardsmith import catalog, wire
-from rewardsmith.config import DEFAULT_TRAIN_STEPS, GRPOConfig, RewardFunctionsConfig
+from rewardsmith.config import DEFAULT_TRAIN_STEPS, GRPOConfig
 from rewardsmith.errors import ConfigError, RewardPoolError, RewardSourceError
+from rewardsmith.reward_config import RewardFunctionsConfig
 from rewardsmith.rewards.pool import RewardPool
 from rewardsmith.store import Store
 

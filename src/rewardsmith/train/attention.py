@@ -68,7 +68,8 @@ class PackedAttention:
         self._scratch: dict[int, Tensor] = {}
 
     def __call__(self, index: int, q_RHD: Tensor, k_RKD: Tensor, v_RKD: Tensor) -> Tensor:
-        return _Attention.apply(q_RHD, k_RKD, v_RKD, self, index)
+        out_RHD: Tensor = _Attention.apply(q_RHD, k_RKD, v_RKD, self, index)  # type: ignore[no-untyped-call]
+        return out_RHD
 
     def tiles(self, index: int) -> list[Tile]:
         """Of the layer numbered `index`."""
@@ -78,7 +79,7 @@ class PackedAttention:
         return self._turns[self.architecture.layers[index].rope]
 
     def scratch(self, number: int, tile: Tile, like: Tensor) -> Tensor:
-        """Room for a tile's scores, key heads x rows of all heads x columns: the same memory for all tiles and layers."""
+        """Room for a tile's scores, key heads x rows of all heads x columns: the same for all tiles and layers."""
         if number not in self._scratch:
             self._scratch[number] = like.new_empty(self._largest)
         heads, group = self.architecture.kv_heads, self.architecture.heads // self.architecture.kv_heads
@@ -198,13 +199,15 @@ class _Attention(Function):
         for tile in attention.tiles(index):
             probs, _ = _probabilities(_rows(q_KRGD, tile), _seen(k_KRD, tile), tile, attention)
             out_KMD = probs @ _seen(v_KRD, tile)
-            _by_key_head(out_RHD, len(k_KRD))[:, tile.start : tile.stop] = out_KMD.unflatten(1, (-1, q_KRGD.shape[2]))
+            _by_key_head(out_RHD, len(k_KRD))[:, tile.start : tile.stop] = torch.unflatten(
+                out_KMD, 1, (-1, q_KRGD.shape[2])
+            )
         ctx.save_for_backward(q_KRGD, k_KRD, v_KRD, out_RHD)
         ctx.attention, ctx.index = attention, index
         return out_RHD
 
     @staticmethod
-    def backward(ctx: Any, d_RHD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_RHD: Tensor) -> tuple[Tensor | None, ...]:
         q_KRGD, k_KRD, v_KRD, out_RHD = ctx.saved_tensors
         attention, index = ctx.attention, ctx.index
         kv_heads, rows, _, size = q_KRGD.shape
@@ -233,7 +236,7 @@ class _Attention(Function):
 
 def _by_key_head(x_RHD: Tensor, kv_heads: int) -> Tensor:
     """K x R x G x D, a view."""
-    return x_RHD.unflatten(1, (kv_heads, -1)).transpose(0, 1)
+    return torch.unflatten(x_RHD, 1, (kv_heads, -1)).transpose(0, 1)
 
 
 def _rows(x_KRGD: Tensor, tile: Tile) -> Tensor:
@@ -267,5 +270,5 @@ def _probabilities(
         slope = torch.mul(scores, scores, out=attention.scratch(2, tile, q_KMD)).neg_().add_(1)
         scores.mul_(cap)
     hidden_M1C = tile.hidden_MC[:, None]
-    scores.unflatten(1, (len(hidden_M1C), -1))[..., -hidden_M1C.shape[-1] :].add_(hidden_M1C)
+    torch.unflatten(scores, 1, (len(hidden_M1C), -1))[..., -hidden_M1C.shape[-1] :].add_(hidden_M1C)
     return torch.softmax(scores, -1, out=attention.scratch(1, tile, q_KMD)), slope

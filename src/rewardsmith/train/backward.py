@@ -104,27 +104,30 @@ class TrainedOps:
         self._latest: tuple[Tensor, Remake] | None = None
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        y, scale = _Norm.apply(x, weight, epsilon)
+        y: Tensor
+        y, scale = _Norm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
         self._latest = y, Remake(_normed, (x.detach(), scale, weight))
         return y
 
     def add_norm(self, x: Tensor, more: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        x, y, scale = _AddNorm.apply(x, more, weight, epsilon)
+        x, y, scale = _AddNorm.apply(x, more, weight, epsilon)  # type: ignore[no-untyped-call]
         self._latest = y, Remake(_normed, (x.detach(), scale, weight))
         return x, y
 
     def gate(self, gate_up: Tensor, kind: str) -> Tensor:
-        y = _Gate.apply(gate_up, kind)
+        y: Tensor = _Gate.apply(gate_up, kind)  # type: ignore[no-untyped-call]
         self._latest = y, Remake(partial(_gated, kind=kind), (gate_up.detach(),))
         return y
 
     def linear(self, x: Tensor, projection: Projection) -> Tensor:
         low_rank = self._gradient.low_rank.get(projection)
-        if low_rank is None:
-            return _Linear.apply(x, None, projection, None, None)
-        latest, self._latest = self._latest, None
-        remake = latest[1] if latest is not None and latest[0] is x else Remake(_itself, (x.detach(),))
-        return _Linear.apply(x, self._start, projection, low_rank, remake)
+        start, remake = None, None
+        if low_rank is not None:
+            start = self._start
+            latest, self._latest = self._latest, None
+            remake = latest[1] if latest is not None and latest[0] is x else Remake(_itself, (x.detach(),))
+        y: Tensor = _Linear.apply(x, start, projection, low_rank, remake)  # type: ignore[no-untyped-call]
+        return y
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ class _Linear(Function):
         return PlainOps.linear(PlainOps(), x, projection)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         projection, low_rank = ctx.projection, ctx.low_rank
         dyb_NS = None if low_rank is None else low_rank.add(ctx.function(*ctx.saved_tensors), dy)
         dx = None
@@ -203,7 +206,7 @@ class _Norm(Function):
         return _normed(x, scale, weight), scale
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         return _norm_backward(dy, *ctx.saved_tensors), None, None
 
 
@@ -218,7 +221,7 @@ class _AddNorm(Function):
         return x, _normed(x, scale, weight), scale
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor | None, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dx: Tensor | None, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is not None:
             through = _norm_backward(dy, *ctx.saved_tensors)
             dx = through if dx is None else through.add_(dx)
@@ -233,7 +236,7 @@ class _Gate(Function):
         return _gated(gate_up, kind)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
         d = torch.empty_like(gate_up)

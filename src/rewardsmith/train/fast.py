@@ -91,7 +91,7 @@ def _gradient(
             loss, d_PH = head.gradient(h_PH.detach(), batch, tokens, settings)
         backward(d_PH)
         parts.append(loss)
-        for place, logps_T in zip(places, loss.logps_N.split(batch.lengths), strict=True):
+        for place, logps_T in zip(places, torch.split(loss.logps_N, batch.lengths), strict=True):
             logps[place] = logps_T
     return _summed(parts, logps, settings)
 
@@ -124,7 +124,7 @@ def logps(
         batch = pack(examples, places).to(weights.embed_VH.device)
         attend = PackedAttention(weights.architecture, batch, weights.embed_VH.dtype)
         logps_N = head.logps(run(weights, batch.ids_R, attend, ops, batch.predicting_P), batch)
-        found |= dict(zip(places, logps_N.split(batch.lengths), strict=True))
+        found |= dict(zip(places, torch.split(logps_N, batch.lengths), strict=True))
     return [found[place] for place in range(len(examples))]
 
 

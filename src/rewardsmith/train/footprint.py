@@ -30,7 +30,8 @@ SLACK = 1.1  # what allocators leave unused between blocks
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a model. `weights` are all of its parameters, `linear` those of the layers LoRA can go on."""
+    """The numbers of a model. `weights` are all of its parameters, `linear` those of the layers LoRA can go on,
+    `adapted` those of the layers it does go on, `adapter` its own. `qk_norms`, `post_norms`: norms beyond two a layer."""
 
     family: str
     layers: int
@@ -45,10 +46,13 @@ class Shape:
     linear: int
     adapted: int
     adapter: int
+    qk_norms: bool = False
+    post_norms: bool = False
 
     def row_numbers(self) -> int:
         """What one token leaves for the backward pass (`memory.bytes_per_row`, in numbers)."""
         kept = 2 * self.hidden + 2 * (self.heads + self.kv_heads) * self.head_dim + 2 * self.intermediate
+        kept += (self.heads + 2 * self.kv_heads) * self.head_dim * self.qk_norms + 2 * self.hidden * self.post_norms
         return self.layers * kept + 6 * (self.intermediate + self.hidden)
 
     def with_layers(self, layers: int) -> Shape:
@@ -104,6 +108,7 @@ def lay_out(model_config: PretrainedConfig, config: GRPOConfig) -> Shape:
         if wanted is None or any(name == target or name.endswith(f".{target}") for target in wanted)
     ]
     heads = text.num_attention_heads
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     return Shape(
         family=str(model_config.model_type),
         layers=text.num_hidden_layers,
@@ -118,6 +123,8 @@ def lay_out(model_config: PretrainedConfig, config: GRPOConfig) -> Shape:
         linear=sum(module.weight.numel() for module in linear.values()),
         adapted=sum(weight.numel() for weight in adapted),
         adapter=config.rank * sum(sum(weight.shape) for weight in adapted),
+        qk_norms="q_norm" in modules,
+        post_norms="post_feedforward_layernorm" in modules,
     )
 
 

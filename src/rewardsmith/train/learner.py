@@ -141,8 +141,8 @@ def corrected(config: GRPOConfig, dtype: torch.dtype, notice: Callable[[str], No
     if correction.mode is not None or dtype.itemsize > 2:
         return config
     notice(
-        f"weights are {str(dtype).removeprefix('torch.')}, so engine and trainer round differently: tokens are weighted "
-        f"by the ratio of their probabilities, at most {correction.high} (sampler_correction)"
+        f"weights are {str(dtype).removeprefix('torch.')}, so engine and trainer round differently: tokens are "
+        f"weighted by the ratio of their probabilities, at most {correction.high} (sampler_correction)"
     )
     return config.model_copy(update={"sampler_correction": correction.model_copy(update={"mode": "truncate"})})
 

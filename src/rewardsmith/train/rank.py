@@ -49,6 +49,7 @@ class Rank:
         device: str | None,
         row_F: Tensor,
         sampling: Sampling,
+        *,
         between_tokens: Callable[[], None],
     ) -> None:
         self.number, self.count = number, count

@@ -102,7 +102,7 @@ class Ranks:
         for worker in self._workers:
             device = self._devices[worker.number] if self._devices else None
             worker.order("load", worker.number, self.count, sent, device, self._rows_RF[worker.number], sampling)
-        self._own = Rank(0, self.count, weights, None, self._rows_RF[0], sampling, self._between)
+        self._own = Rank(0, self.count, weights, None, self._rows_RF[0], sampling, between_tokens=self._between)
         self._own.budget.notice = notice
         self._answers()
 

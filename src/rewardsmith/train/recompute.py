@@ -16,15 +16,17 @@ from torch import Tensor
 from rewardsmith.rollout.layers import Attend, Ops, run
 from rewardsmith.rollout.weights import Weights
 
+NO_NORM = torch.empty(0)
+
 
 class StretchOps:
-    """`ops` for a stretch of the model that another one follows: the norm after it, None, is the next one's first."""
+    """`ops` for a stretch of the model that another one follows: instead of a last norm it has `NO_NORM`."""
 
     def __init__(self, ops: Ops) -> None:
         self.norm, self.linear, self.gate, self._add_norm = ops.norm, ops.linear, ops.gate, ops.add_norm
 
-    def add_norm(self, x: Tensor, more: Tensor, weight: Tensor | None, epsilon: float) -> tuple[Tensor, Tensor]:
-        if weight is None:
+    def add_norm(self, x: Tensor, more: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        if weight is NO_NORM:
             x = x + more
             return x, x
         return self._add_norm(x, more, weight, epsilon)
@@ -71,7 +73,7 @@ def _stretch(weights: Weights, i: int, attend: Attend, ops: Ops, last_rows: Tens
             architecture=alone,
             embed_VH=x_RH,
             layers=weights.layers[i : i + 1],
-            norm=weights.norm if last else None,
+            norm=weights.norm if last else NO_NORM,
         )
         rows = torch.arange(len(x_RH), device=x_RH.device)
         return run(layer, rows, attend_alone, ops, last_rows if last else None)

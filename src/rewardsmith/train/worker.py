@@ -115,11 +115,10 @@ def _serve(connection: Connection, foreign: Sequence[Connection]) -> None:
         while True:
             name, *arguments = connection.recv()
             try:
-                if name == "load":
-                    rank = Rank(*arguments, lambda: _stop_when_asked(connection))
-                    result = None
-                elif name == "cancel":
+                if name == "cancel":
                     continue  # it crossed the end of what it was to cancel
+                if name == "load":
+                    rank, result = _load(connection, *arguments), None
                 else:
                     assert rank is not None, "the first order is load"
                     result = _carry_out(connection, rank, name, arguments)
@@ -132,6 +131,10 @@ def _serve(connection: Connection, foreign: Sequence[Connection]) -> None:
                 connection.send(("error", JobError(f"a training rank failed: {error}\n{traceback.format_exc()}")))
     except (EOFError, OSError):
         return  # rank 0 is gone, or has closed the pipe
+
+
+def _load(connection: Connection, *arguments: Any) -> Rank:
+    return Rank(*arguments, between_tokens=lambda: _stop_when_asked(connection))
 
 
 def _carry_out(connection: Connection, rank: Rank, name: str, arguments: list[Any]) -> Any:
