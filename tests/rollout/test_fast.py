@@ -25,6 +25,7 @@ from tiny_models import ALL_FAMILIES, CONTEXT, random_model, tokenizer
 from rewardsmith.config import SamplingParamsConfig
 from rewardsmith.errors import ModelError
 from rewardsmith.rollout import batch as batching
+from rewardsmith.rollout import graphs
 from rewardsmith.rollout.architecture import describe
 from rewardsmith.rollout.batch import Batch, Request
 from rewardsmith.rollout.cache import Cache, pages_for
@@ -48,6 +49,22 @@ def test_float64_log_probs_are_exact(family: str):
             chosen = whole.log_softmax(-1).gather(1, torch.tensor(completion.ids)[:, None]).squeeze(1)
             assert (chosen - torch.tensor(completion.logps, dtype=torch.float64)).abs().max() < 1e-12
             assert largest_error(model, prompt, completion, 1.0) < 5e-6
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_in_bfloat16_it_is_as_near_to_the_truth_as_the_plain_engine(family: str):
+    model = adapted(family, torch.bfloat16)
+    exact = adapted(family).double()
+    exact.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})
+    errors = {}
+    for kind in ("plain", "torch"):
+        groups = generate(make_engine(kind, model, **({} if kind == "plain" else {"merge": False})), PROMPTS, 4, PARAMS)
+        errors[kind] = max(
+            largest_error(exact, prompt, completion, 1.0)
+            for prompt, group in zip(PROMPTS, groups, strict=True)
+            for completion in group
+        )
+    assert 0 < errors["torch"] < 2 * errors["plain"]
 
 
 @pytest.mark.parametrize("kind", ["native", "torch"])
@@ -272,6 +289,21 @@ def test_long_prompts_and_windows_over_many_pages():
             groups = generate(engine, prompts, 3, SamplingParamsConfig(max_tokens=70))
             for prompt, group in zip(prompts, groups, strict=True):
                 assert max(largest_error(model, prompt, completion, 1.0) for completion in group) < 1e-4
+
+
+def test_rows_that_fill_up_a_cuda_graph_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    model = adapted("gemma2")
+    expected = ids(generate(make_engine("native", model), PROMPTS, 3, PARAMS))
+    engine = make_engine("native", model)
+    step, seen = engine.batch._decoder.step, []
+
+    def wider(rows: Any, tables: Any) -> torch.Tensor:
+        seen.append((len(rows), graphs.rounded_up(len(rows))))
+        return step(graphs.padded(rows, graphs.rounded_up(len(rows))), tables)[: len(rows)]
+
+    monkeypatch.setattr(engine.batch._decoder, "step", wider)
+    assert ids(generate(engine, PROMPTS, 3, PARAMS)) == expected
+    assert (12, 16) in seen and all(rows <= padded < rows + 8 for rows, padded in seen)
 
 
 def test_prefill_in_blocks_of_rows_is_exact(monkeypatch: pytest.MonkeyPatch):

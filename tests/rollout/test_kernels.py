@@ -130,6 +130,18 @@ def test_attention_is_that_of_its_twin(name: str, monkeypatch: pytest.MonkeyPatc
         assert torch.equal(native_values.nan_to_num(), values.nan_to_num())
 
 
+def test_threads_share_the_rows():
+    scene = Scene(SHAPES["windows"])
+    alone, *cached = scene.attend(NativeKernels(scene.architecture))
+    torch.set_num_threads(3)
+    try:
+        shared, *also_cached = scene.attend(NativeKernels(scene.architecture))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(shared, alone, strict=True))
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(also_cached, cached, strict=True))
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_twin_is_attention_by_its_definition(name: str):
     architecture = SHAPES[name]

@@ -51,7 +51,7 @@ def plain_gradient(model, examples, job, old=None):
 def budget(weights, rows: int, recompute: bool = False) -> Budget:
     """Of a set size in place of what memory allows."""
     made = Budget(weights.architecture)
-    made._rows, made.recompute = rows, recompute
+    made.most, made.recompute = rows, recompute
     return made
 
 

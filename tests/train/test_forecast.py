@@ -14,7 +14,7 @@ MIB = 2**20
 
 
 def seconds(generate=1.0, score=0.1, update=0.9, deliver=0.1, report=0.0, **others: float) -> dict[str, float]:
-    phases = {"generate": generate, "score": score, "update": update, "deliver": deliver, "report": report, **others}
+    phases = {"report": report, "generate": generate, "score": score, "update": update, "deliver": deliver, **others}
     return {"total_reward": 0.5, **{f"seconds/{name}": value for name, value in phases.items()}}
 
 
@@ -50,21 +50,25 @@ def test_the_first_step_warms_up_and_is_never_counted():
     assert left(run(job, (seconds() for _ in range(8)), first=3)) == 0.0
 
 
-def test_after_calibration_it_says_once_what_a_step_takes():
+@pytest.mark.parametrize("slow_reports", [False, True])
+def test_after_calibration_it_says_once_what_a_step_takes(slow_reports: bool):
     job = forecast(total_steps=346)
     said = []
     for step in range(1, 10):
-        job.after(step, seconds(report=0.001), 1)
+        job.after(step, seconds(report=0.1 if slow_reports else 0.001), 1)
         job.peak = int(0.6 * 2**30)
         said.append(job.announcement())
-    assert said[2] == (
-        "about 2.1 s a step (generate 1.0, score 0.1, update 0.9, deliver 0.1), 12 min left, peak memory 0.6 GiB"
-    )
+    if slow_reports:
+        assert "a step (generate 1.0, score 0.1, update 0.9, deliver 0.1, report 0.1), 13 min left" in said[2]
+    else:
+        assert said[2] == (
+            "about 2.1 s a step (generate 1.0, score 0.1, update 0.9, deliver 0.1), 12 min left, peak memory 0.6 GiB"
+        )
     assert [bool(text) for text in said] == [False, False, True] + [False] * 6
 
 
 def test_waiting_and_evaluating_are_no_part_of_a_step():
-    found = run(forecast(), (seconds(wait=3600.0 * (step == 5), evaluate=9.0) for step in range(8)))
+    found = run(forecast(), (seconds(wait=3600.0, evaluate=9.0) for _ in range(8)))
     assert found["forecast/seconds_per_step"] == pytest.approx(2.1)
 
 
@@ -110,21 +114,21 @@ def test_new_rewards_are_timed_by_themselves():
 
 def test_evaluations_and_checkpoints_to_come_are_counted():
     job = forecast(total_steps=60, save_every=20, held_out=8)
-    assert job.after(0, {"eval/total_reward": 0.5, "seconds/evaluate": 7.0}, 1) == {}
+    assert job.after(0, {"eval/total_reward": 0.5, "seconds/evaluate": 30.0}, 1) == {}
     found = run(job, (seconds() for _ in range(19)))
-    assert left(found) == pytest.approx(41 * 2.1 + 3 * 7.0), "what a checkpoint takes is not known yet"
+    assert left(found) == pytest.approx(41 * 2.1 + 3 * 30.0), "what a checkpoint takes is not known yet"
     job.after(20, seconds(evaluate=7.0), 1)
     found = job.after(21, seconds(report=4.0), 1)  # the clock of this step holds the saving of the one before
     assert found["forecast/seconds_per_step"] == pytest.approx(2.1)
-    assert left(found) == pytest.approx(39 * 2.1 + 2 * (7.0 + 4.0))
+    assert left(found) == pytest.approx(39 * 2.1 + 2 * (7.0 + 4.0)), "the first evaluation warmed up"
 
 
 def test_one_slow_evaluation_of_three_does_not_count():
     job = forecast(total_steps=100, save_every=10, held_out=8)
     job.after(0, {"seconds/evaluate": 2.0}, 1)
-    found = run(job, (seconds(**({"evaluate": 100.0 if step == 20 else 2.0} if step % 10 == 0 else {}))
-                      for step in range(1, 26)))  # fmt: skip
-    assert left(found) == pytest.approx(75 * 2.1 + 8 * 2.0)
+    evaluations = {10: 2.0, 20: 100.0, 30: 2.0}
+    steps = (seconds(**({"evaluate": evaluations[step]} if step in evaluations else {})) for step in range(1, 36))
+    assert left(run(job, steps)) == pytest.approx(65 * 2.1 + 7 * 2.0)
 
 
 def test_an_evaluation_that_was_never_seen_takes_its_share_of_drawing_and_scoring():

@@ -10,31 +10,46 @@ import torch
 from fused_models import batch, fast_gradient, policy, relative_difference
 
 from rewardsmith.errors import ModelError
+from rewardsmith.rollout.weights import Weights
 from rewardsmith.train import memory
 from rewardsmith.train.losses import LossSettings
 from rewardsmith.train.memory import Budget, bytes_per_row, out_of_memory
-from rewardsmith.train.packed import length
 
 TESTS = Path(__file__).parents[1]
 
 
-def test_ample_memory_gives_a_constant_and_little_a_power_of_two_less(monkeypatch: pytest.MonkeyPatch):
+def rows(monkeypatch: pytest.MonkeyPatch, weights: Weights, free: float, prompt: int = 3, ranks: int = 1) -> int:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(free))
+    return Budget(weights.architecture, ranks).rows(weights, prompt, prompt + 10)
+
+
+def test_ample_memory_gives_a_constant_and_little_a_half_or_a_quarter(monkeypatch: pytest.MonkeyPatch):
     _, weights = policy()
-    per_row = bytes_per_row(weights)
-
-    def rows(free: int, ranks: int = 1) -> int:
-        monkeypatch.setattr(memory, "free_bytes", lambda device: free)
-        return Budget(weights.architecture, ranks).rows(weights)
-
-    plenty = int(per_row * memory.ROWS["cpu"] / memory.SHARE)
-    assert rows(100 * plenty) == rows(plenty + per_row) == memory.ROWS["cpu"]
-    assert rows(plenty - per_row) == rows(int(0.6 * plenty)) == memory.ROWS["cpu"] // 2
-    assert rows(plenty + per_row, ranks=4) == memory.ROWS["cpu"] // 4
-    assert rows(0) == memory.FEWEST_ROWS
+    plenty = bytes_per_row(weights) * memory.ROWS["cpu"] / memory.SHARE + 1
+    assert rows(monkeypatch, weights, 100 * plenty) == rows(monkeypatch, weights, plenty) == memory.ROWS["cpu"] == 2048
+    assert rows(monkeypatch, weights, 0.9 * plenty) == rows(monkeypatch, weights, 0.6 * plenty) == 1024
+    assert rows(monkeypatch, weights, plenty, ranks=4) == 512
+    assert rows(monkeypatch, weights, plenty / 1000) == memory.FEWEST_ROWS == 64
 
 
-def test_recomputing_takes_less():
+def test_no_more_memory_is_taken_than_makes_it_faster(monkeypatch: pytest.MonkeyPatch):
     _, weights = policy()
+    for kept, expected in ((1500, 1024), (1000, 512), (10, memory.ENOUGH_ROWS)):
+        monkeypatch.setattr(memory, "KEPT_BYTES", kept * bytes_per_row(weights))
+        assert rows(monkeypatch, weights, 1e12) == expected
+    # With long prompts it is: a prompt is computed again in every micro-batch of its group.
+    assert rows(monkeypatch, weights, 1e12, prompt=1000) == 8000
+
+
+def test_a_completion_too_long_for_the_free_memory_is_recomputed_from_the_start(monkeypatch: pytest.MonkeyPatch):
+    _, weights = policy()
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(100 * bytes_per_row(weights) / memory.SHARE))
+    budget, heard = Budget(weights.architecture), []
+    budget.notice = heard.append
+    budget.rows(weights, 10, 99)
+    assert not budget.recompute and not heard
+    budget.rows(weights, 10, 101)
+    assert budget.recompute and "101 tokens" in heard[0]
     assert bytes_per_row(weights, recompute=True) < bytes_per_row(weights)
 
 
@@ -42,13 +57,10 @@ def test_memory_that_runs_out_halves_then_recomputes_then_ends_the_job():
     _, weights = policy()
     budget, heard = Budget(weights.architecture), []
     budget.notice = heard.append
-    assert budget.rows(weights) == 2048
-    budget.shrink(longest=600)
-    assert (budget.rows(weights), budget.recompute) == (1024, False)
-    budget.shrink(longest=600)
-    assert (budget.rows(weights), budget.recompute) == (512, False)
-    budget.shrink(longest=600)
-    assert (budget.rows(weights), budget.recompute) == (512, True)
+    assert budget.rows(weights, 100, 600) == 2048
+    for expected in ((1024, False), (512, False), (512, True)):
+        budget.shrink(longest=600)
+        assert (budget.rows(weights, 100, 600), budget.recompute) == expected
     with pytest.raises(ModelError, match="one completion of 600 tokens"):
         budget.shrink(longest=600)
     assert len(heard) == 3 and "1024" in heard[0] and "twice" in heard[2]
@@ -70,7 +82,7 @@ def test_an_attempt_that_fails_leaves_nothing_in_the_gradient(monkeypatch: pytes
     settings = LossSettings(beta=0.1)
     _, expected = fast_gradient(weights, batch(), settings)
     budget, heard = Budget(weights.architecture), []
-    budget._rows, budget.notice = 40, heard.append
+    budget.most, budget.notice = 40, heard.append
     calls = []
     whole_pack = torch.autograd.backward
 
@@ -83,7 +95,7 @@ def test_an_attempt_that_fails_leaves_nothing_in_the_gradient(monkeypatch: pytes
     monkeypatch.setattr(torch.autograd, "backward", failing)
     _, gradients = fast_gradient(weights, batch(), settings, budget=budget)
     assert relative_difference(gradients, expected) < 1e-12
-    assert len(heard) == 1 and budget.rows(weights) == 20
+    assert len(heard) == 1 and budget.most == 20
 
 
 # Runs in a process of its own: {rows, groups, spare: MiB it may take over what it has, or 0 for no limit}.
@@ -99,10 +111,10 @@ tiny_models.ODDITIES["qwen2"] |= dict(
     hidden_size=256, intermediate_size=1024, num_hidden_layers=4, max_position_embeddings=4096
 )
 _, weights = policy("qwen2", torch.float32)
-examples = batch([([1 + i] * 60, (129,) * 3) for i in range({groups})])
+examples = batch([([1 + i] * 60, ({length},) * 3) for i in range({groups})])
 budget, heard = Budget(weights.architecture), []
-budget._rows, budget.notice = {rows}, heard.append
-fast_gradient(weights, examples[:1], LossSettings(), budget=budget)  # threads, libraries, buffers
+budget.most, budget.notice = {rows}, heard.append
+fast_gradient(weights, batch(), LossSettings(), budget=budget)  # threads, libraries, buffers
 def size(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
 open("/proc/self/clear_refs", "w").write("5")  # the peak from here on
@@ -116,14 +128,14 @@ try:
 except Exception as failure:
     error, gradients = type(failure).__name__, {{}}
 print(json.dumps(dict(
-    peak=size("VmHWM") - before, heard=heard, error=error, recompute=budget.recompute, rows=budget.rows(weights),
+    peak=size("VmHWM") - before, heard=heard, error=error, recompute=budget.recompute, rows=budget.most,
     norm=float(sum(tensor.double().square().sum() for tensor in gradients.values()) ** 0.5),
 )))
 """
 
 
-def step(rows: int, groups: int, spare: int = 0) -> dict:
-    code = STEP.format(tests=str(TESTS), rows=rows, groups=groups, spare=spare)
+def step(rows: int, groups: int, spare: int = 0, length: int = 129) -> dict:
+    code = STEP.format(tests=str(TESTS), rows=rows, groups=groups, spare=spare, length=length)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -131,7 +143,7 @@ def step(rows: int, groups: int, spare: int = 0) -> dict:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and limits the address space")
 def test_peak_memory_grows_with_the_budget_and_not_with_the_batch():
-    small, more, large = step(256, 2), step(256, 6), step(2048, 6)
+    small, more, large = step(256, 1), step(256, 3), step(2048, 3)
     assert more["peak"] < 1.25 * small["peak"] + 2**21
     assert large["peak"] > 2 * small["peak"]
 
@@ -147,6 +159,5 @@ def test_a_step_that_runs_out_of_memory_goes_on_with_less():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_a_step_without_any_memory_says_so():
-    nothing = step(256, 1, spare=1)
+    nothing = step(2048, 1, spare=1, length=1000)
     assert nothing["error"] == "ModelError" and nothing["recompute"]
-    assert len(batch()) and length(batch()[0]) == 3

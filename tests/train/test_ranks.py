@@ -190,3 +190,19 @@ def test_ranks_with_weights_of_their_own_compute_the_same():
         torch.testing.assert_close(had[name], tensor, rtol=1e-9, atol=1e-12)
     for group, other in zip(found, after, strict=True):
         assert all(one.logps[0] != two.logps[0] for one, two in zip(group, other, strict=True))
+
+
+def test_supports_of_cut_draws_come_back_from_all_ranks():
+    cut = SamplingParamsConfig(max_tokens=14, top_k=3)
+    with learner(0) as alone, learner(1) as together:
+        expected = dict(alone.engine.generate(PROMPTS, COUNT, cut, SEEDS))
+        found = dict(together.engine.generate(PROMPTS, COUNT, cut, SEEDS))
+        open_files = psutil.Process().num_fds()
+        for _ in range(3):
+            dict(together.engine.generate(PROMPTS, COUNT, cut, SEEDS))
+        assert psutil.Process().num_fds() == open_files
+    for place, group in expected.items():
+        for one, two in zip(group, found[place], strict=True):
+            assert one.ids == two.ids
+            assert torch.equal(one.support.ids, two.support.ids)
+            assert torch.equal(one.support.offsets, two.support.offsets)

@@ -8,7 +8,7 @@ alone, not on time; free memory matters only where it is short.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -218,8 +218,9 @@ class Batch:
         tables, pages = self._tables, sequence.pages
         tables.own_pages_SM = _wide_enough(tables.own_pages_SM, self._slots, len(pages))
         tables.own_pages_SM[sequence.slot, : len(pages)] = torch.tensor(pages, device=self._device)
-        self._ids_SM = _wide_enough(self._ids_SM, self._slots, sequence.limit)
-        self._logps_SM = _wide_enough(self._logps_SM, self._slots, sequence.limit)
+        # Not touched before it is written to: a limit may be far beyond what is said.
+        self._ids_SM = _wide_enough(self._ids_SM, self._slots, sequence.limit, Tensor.new_empty)
+        self._logps_SM = _wide_enough(self._logps_SM, self._slots, sequence.limit, Tensor.new_empty)
         self._decoder.rotary.reserve(len(sequence.prompt.ids) + sequence.limit)
 
     def _new_rows(self, joining: Sequence[_Sequence]) -> Rows:
@@ -316,11 +317,11 @@ class Batch:
                 self._free_groups.append(prompt.group)
 
 
-def _wide_enough(table: Tensor, lines: int, columns: int) -> Tensor:
+def _wide_enough(table: Tensor, lines: int, columns: int, new: Callable[..., Tensor] = Tensor.new_zeros) -> Tensor:
     """The table with so many lines and columns at least; twice as many as before where it has to grow."""
     if table.shape[0] >= lines and table.shape[1] >= columns:
         return table
     shape = [(table.shape[0], lines), (table.shape[1], columns)]
-    wider = table.new_zeros([have if have >= need else max(need, 2 * have) for have, need in shape])
+    wider = new(table, [have if have >= need else max(need, 2 * have) for have, need in shape])
     wider[: table.shape[0], : table.shape[1]] = table
     return wider

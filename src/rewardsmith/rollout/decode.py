@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rewardsmith.rollout.attention import Rotary, Rows, Tables, causal_attention, store_prompts
 from rewardsmith.rollout.cache import PAGE, Cache
+from rewardsmith.rollout.graphs import Graphs
 from rewardsmith.rollout.kernels import Kernels
 from rewardsmith.rollout.layers import logits, run
 from rewardsmith.rollout.weights import Weights
@@ -35,7 +36,7 @@ class Decoder:
         self.architecture = weights.architecture
         self.rotary = Rotary(weights.architecture, weights.embed_VH)
         self.cache = Cache(weights.architecture, weights.embed_VH)
-        self._graphs: Graphs | None = None
+        self._graphs = Graphs()
 
     def read(self, prompts: Sequence[Prompt]) -> None:
         """Computes prompts in one forward; fills their pages and `hidden_H`."""
@@ -67,14 +68,10 @@ class Decoder:
         """Feeds each sequence its last token: hidden states, N x H. Positions must have been reserved in `rotary`."""
         if self.kernels.name != "triton" or not rows.slot_N.is_cuda:
             return self._step(rows, tables)
-        memory = (
-            tables,
-            self.cache.keys.data_ptr(),
-            self.cache.values.data_ptr(),
-        )
-        if self._graphs is None:
-            self._graphs = Graphs(lambda rows: self._step(rows, tables))
-        return self._graphs.run(rows, memory)
+        memory = [self.cache.keys, self.cache.values, self.weights.layers[0].qkv.weight_OI]
+        memory += [tables.own_pages_SM, tables.prompt_pages_GM, tables.prompt_length_G]
+        memory += [self.rotary.tables(layer)[0] for layer in range(len(self.architecture.layers))]
+        return self._graphs.run(lambda rows: self._step(rows, tables), rows, memory)
 
     def _step(self, rows: Rows, tables: Tables) -> Tensor:
         def attend(layer: int, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ class FastEngine:
     """Samples with `weights` as they are: base, bound adapter, merged or not.
 
     Without a tokenizer, completions have no text (`engine.with_text` adds it) and stop strings cannot be asked for.
-    `between_tokens` is called once per decode step and may raise to end it all. `kernel` says what computes: "native",
-    or "torch: " and why.
+    `between_tokens` is called once per decode step and may raise to end it all. `kernel` says what computes: "native"
+    or "triton", or "torch: " and why.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ the device. Never run on a GPU so far.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import fields
 
 import torch
@@ -26,37 +26,39 @@ def padded(rows: Rows, count: int) -> Rows:
 
 
 class Graphs:
-    """`step` computes N x H from rows, reading and writing memory that stays where it is; never waits for the device."""
-
-    def __init__(self, step: Callable[[Rows], Tensor]) -> None:
-        self._step = step
-        self._memory: Hashable = None
+    def __init__(self) -> None:
+        self._places: Hashable = None
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Rows, Tensor]] = {}
 
-    def run(self, rows: Rows, memory: Hashable) -> Tensor:
-        """`memory` names all memory that a step uses, by addresses; graphs of another one are forgotten."""
-        if memory != self._memory:
+    def run(self, step: Callable[[Rows], Tensor], rows: Rows, memory: Sequence[Tensor]) -> Tensor:
+        """What `step` makes of the rows, N x H. It must not wait for the device.
+
+        `memory` is what it reads and writes and what may be somewhere else the next time: then it is captured anew.
+        """
+        places = tuple((tensor.data_ptr(), tensor.shape) for tensor in memory)
+        if places != self._places:
             self._graphs.clear()
-            self._memory = memory
+            self._places = places
         count = rounded_up(len(rows))
         now = padded(rows, count)
         if count not in self._graphs:
-            self._graphs[count] = self._capture(now)
+            self._graphs[count] = _captured(step, now)
         graph, static, hidden_NH = self._graphs[count]
         for field in fields(Rows):
             getattr(static, field.name).copy_(getattr(now, field.name))
         graph.replay()
         return hidden_NH[: len(rows)]
 
-    def _capture(self, rows: Rows) -> tuple[torch.cuda.CUDAGraph, Rows, Tensor]:
-        # Once before: libraries set themselves up at first use, which a graph must not contain. A step that is done
-        # twice writes the same keys and values.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._step(rows)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            hidden_NH = self._step(rows)
-        return graph, rows, hidden_NH
+
+def _captured(step: Callable[[Rows], Tensor], rows: Rows) -> tuple[torch.cuda.CUDAGraph, Rows, Tensor]:
+    # Once before: libraries set themselves up at first use, which a graph must not contain. A step that is done twice
+    # writes the same keys and values.
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(rows)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        hidden_NH = step(rows)
+    return graph, rows, hidden_NH

@@ -18,7 +18,7 @@ from rewardsmith.rollout.sampling import Cut, draw, log_probs, uniforms
 
 
 class Kernels(Protocol):
-    """`name` is "native", or "torch: " and why."""
+    """`name` is "native", "triton", or "torch: " and why."""
 
     name: str
     ops: Ops
@@ -67,6 +67,12 @@ class TorchKernels:
 
 def choose(architecture: Architecture, like: Tensor) -> Kernels:
     """For weights of the type and on the device of `like`; compiles the native ones at first use."""
+    if like.is_cuda:
+        try:
+            from rewardsmith.rollout.triton_kernels import TritonKernels
+        except ImportError:
+            return TorchKernels(architecture, "Triton is not installed")
+        return TritonKernels(architecture)
     if like.device.type != "cpu" or like.dtype != torch.float32:
         return TorchKernels(architecture, f"weights are {str(like.dtype).removeprefix('torch.')} on {like.device}")
     from rewardsmith.rollout.native import NativeKernels, Unavailable

@@ -6,6 +6,7 @@ Addresses are all that crosses over, so every tensor is checked here to be what 
 from __future__ import annotations
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -105,6 +106,7 @@ class NativeKernels:
         self._library = _library()
         self._architecture = architecture
         self._scratch = torch.empty(_SCRATCH)
+        self._pool: ThreadPoolExecutor | None = None
         self._call = _Attention(
             heads=architecture.heads,
             kv_heads=architecture.kv_heads,
@@ -138,8 +140,29 @@ class NativeKernels:
             setattr(call, f"{name}_stride", x_NHD.stride(0))
         out_NHD = torch.empty(q_NHD.shape)
         call.out = out_NHD.data_ptr()
-        self._library.attend(self._call_address)
+        threads = min(torch.get_num_threads(), call.rows)
+        if threads == 1:
+            self._library.attend(self._call_address)
+        else:
+            self._attend_in_threads(threads)
         return out_NHD
+
+    def _attend_in_threads(self, threads: int) -> None:
+        """Each thread takes some of the rows; ctypes lets go of Python's lock."""
+        call, width = self._call, self._call.heads * self._call.dim
+        scratch = torch.empty(threads, call.scratch_size)
+        per_row = {"slot": 8, "group": 8, "length": 8, "out": 4 * width}
+        per_row |= {name: 4 * getattr(call, f"{name}_stride") for name in "qkv"}
+        parts = []
+        for i in range(threads):
+            part = _Attention.from_buffer_copy(call)
+            begin, end = call.rows * i // threads, call.rows * (i + 1) // threads
+            part.rows, part.scratch = end - begin, scratch[i].data_ptr()
+            for name, size in per_row.items():
+                setattr(part, name, getattr(call, name) + begin * size)
+            parts.append(part)
+        self._pool = self._pool or ThreadPoolExecutor(torch.get_num_threads(), "attention")
+        list(self._pool.map(lambda part: self._library.attend(ctypes.addressof(part)), parts))
 
     def _set_step(self, cache: Cache, tables: Tables, rows: Rows) -> None:
         """What is the same for all layers of a step."""

@@ -4,6 +4,7 @@ Nothing here waits for the device, so that a whole step can be captured as a CUD
 only. Never run on a GPU so far: Triton's interpreter runs it in the tests where Triton is installed.
 """
 
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 from __future__ import annotations
 
 import torch
@@ -72,7 +73,8 @@ class TritonKernels(TorchKernels):
 @triton.jit
 def _page(
     q, keys, values, page, head, first, end, at, most, total, mixed, scale,
-    SOFTCAP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One page more in the running softmax. Its first token is number `at` of those that `first` and `end` count."""
     tokens = tl.arange(0, PAGE)
@@ -103,10 +105,10 @@ def _page(
 def _decode_attention(
     q_NHD, keys, values, out_NHD, slot_N, group_N, length_N, own_pages, prompt_pages, prompt_length,
     own_columns, prompt_columns, scale,
-    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, KV_HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr,
+    PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and kv head. A prompt's pages are read by each of its rows; the device's cache shares them."""
+    """One program per row and kv head. A prompt's pages are read by each of its rows, out of the device's cache."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     slot = tl.load(slot_N + row)

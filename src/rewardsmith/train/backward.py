@@ -169,7 +169,7 @@ class _Linear(Function):
         if remake is not None:
             ctx.function = remake.function
             ctx.save_for_backward(*remake.tensors)
-        return PlainOps.linear(PlainOps(), x, projection)
+        return PlainOps().linear(x, projection)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -52,23 +52,26 @@ class Load:
         return self.prompts * (self.prompt_tokens + self.group * self.completion_tokens)
 
     def within(self, tokens: float, ranks: int) -> Load:
-        """The same with fewer groups, then fewer completions, then shorter ones, so that it has about `tokens`."""
-        whole = self.prompt_tokens + self.group * self.completion_tokens
-        if tokens >= whole:
-            return replace(self, prompts=min(self.prompts, int(tokens / whole)))
-        fitting = int((tokens - self.prompt_tokens) / self.completion_tokens)
-        if fitting >= ranks:
-            return replace(self, prompts=1, group=min(self.group, fitting))
-        each = max(FEWEST_TOKENS, int(tokens / (1 + ranks)))
+        """The same with fewer groups, then fewer completions, then shorter ones, so that it has about `tokens`.
+
+        All ranks have work, also in half of it.
+        """
+        fewest = 2 * ranks
+        prompts = min(self.prompts, int(tokens / (self.prompt_tokens + self.group * self.completion_tokens)))
+        if prompts * self.group >= fewest:
+            return replace(self, prompts=prompts)
+        fitting = min(self.group, int((tokens - self.prompt_tokens) / self.completion_tokens))
+        if fitting >= fewest:
+            return replace(self, prompts=1, group=fitting // fewest * fewest)
+        each = max(FEWEST_TOKENS, int(tokens / (1 + fewest)))
         short = min(self.completion_tokens, each)
-        return Load(1, min(self.group, ranks), min(self.prompt_tokens, each), short, short)
+        return Load(1, fewest, min(self.prompt_tokens, each), short, short)
 
     def halved(self) -> Load:
+        """Of a load that is `within` some tokens."""
         if self.prompts > 1:
             return replace(self, prompts=self.prompts // 2)
-        if self.group > 2:
-            return replace(self, group=self.group // 2)
-        return replace(self, completion_tokens=max(1, self.completion_tokens // 2))
+        return replace(self, group=self.group // 2)
 
     def drawing_steps(self, at_a_time: float) -> float:
         """How often a next token is drawn for what runs at a time, one finished completion making room for another.
@@ -85,13 +88,12 @@ class Load:
 @dataclass(frozen=True)
 class Parts:
     """Seconds of one model: of reading a prompt's token, of drawing next tokens by itself and per completion that gets
-    one, of an update by itself and per packed token, of a delivery."""
+    one, of a whole update, of a delivery."""
 
     prompt_token: float
     next: float
     next_token: float
     update: float
-    update_token: float
     deliver: float
 
     def at(self, layers: int, shallow: Parts, depth: int, shallow_depth: int) -> Parts:
@@ -123,14 +125,13 @@ class Measured:
         return self.path.startswith("fast")
 
     def seconds(self, load: Load) -> dict[str, float]:
-        """Of a step by phase, all completions with a signal."""
+        """Of a step by phase, on the load that was measured for, all completions with a signal."""
         parts = self.parts
         reading = load.prompts * load.prompt_tokens * parts.prompt_token
         share = replace(load, prompts=1, group=max(1, load.completions // self.ranks))
         steps = share.drawing_steps(min(share.group, self.at_a_time / self.ranks))
         drawing = steps * parts.next + load.completions * load.completion_tokens * parts.next_token
-        learning = parts.update + load.packed_tokens * parts.update_token
-        return {"generate": reading + drawing, "update": learning, "deliver": parts.deliver}
+        return {"generate": reading + drawing, "update": parts.update, "deliver": parts.deliver}
 
 
 def measure(
@@ -187,14 +188,20 @@ class Trial:
         flops = FLOPS[device.type] * (self._ranks if self._ranks > 1 else torch.get_num_threads())
         deliver = self._least(self._deliver)
         reading, step, token = self._generation(load, at_a_time, flops)
-        # Forward and backward, the latter without gradients of weights; the head is computed once more.
         large = load.within(flops / (4 * self._linear + 6 * self._head), self._ranks)
         small = large.halved()
         self._update(small)
         seconds, fewer = self._least(lambda: self._update(large)), self._least(lambda: self._update(small))
-        per_token = max(0.0, seconds - fewer) / max(1, large.packed_tokens - small.packed_tokens)
-        fixed = max(0.0, seconds - per_token * large.packed_tokens)
-        return Parts(reading, step, token, fixed, per_token, deliver)
+        per_work = max(0.0, seconds - fewer) / max(1, self._work(large) - self._work(small))
+        update = seconds + per_work * (self._work(load) - self._work(large))
+        return Parts(reading, step, token, update, deliver)
+
+    def _work(self, load: Load) -> int:
+        """Operations of an update, about. The head is for completions only, and computed once more."""
+        prompts = load.prompts if self.learner.path.startswith("fast") else load.completions
+        completions = load.completions * load.completion_tokens
+        # Forward and backward, the latter without gradients of base weights.
+        return 4 * self._linear * (prompts * load.prompt_tokens + completions) + 6 * self._head * completions
 
     def _generation(self, load: Load, at_a_time: int, flops: float) -> tuple[float, float, float]:
         """Seconds per token of a prompt; of one more token for all that is drawn, by itself and per completion."""

@@ -44,12 +44,15 @@ def gradient(
     begins again with less at a time. Raises ModelError when not even one completion fits.
     """
     learned = [place for place, example in enumerate(examples) if has_gradient(example, settings)]
-    longest = max((length(examples[place]) for place in learned), default=0)
+    if not learned:
+        return Gradient(0.0, 0.0 if settings.beta else None, 0, 0, 0, [None] * len(examples))
     head = Head(weights, temperature, vocab)
+    prompt, longest = _extremes([examples[place] for place in learned])
     while True:
         total = AdapterGradient(weights)
+        parts = split(examples, learned, budget.rows(weights, prompt, longest))
         try:
-            found = _gradient(weights, examples, learned, settings, head, total, budget, old_logps)
+            found = _gradient(weights, examples, parts, settings, head, total, budget.recompute, old_logps)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -63,18 +66,18 @@ def gradient(
 def _gradient(
     weights: Weights,
     examples: Sequence[Example],
-    learned: Sequence[int],
+    parts: Sequence[list[int]],
     settings: LossSettings,
     head: Head,
     total: AdapterGradient,
-    budget: Budget,
+    recompute: bool,
     old_logps: Sequence[Tensor | None] | None,
 ) -> Gradient:
-    """Of the examples at `learned`, added to `total`."""
+    """Of the examples at the places in `parts`, one micro-batch each, added to `total`."""
     ops = TrainedOps(total)
     logps: list[Tensor | None] = [None] * len(examples)
-    parts = []
-    for places in split(examples, learned, budget.rows(weights)):
+    losses = []
+    for places in parts:
         batch = pack(examples, places).to(weights.embed_VH.device)
         attend = PackedAttention(weights.architecture, batch, weights.embed_VH.dtype)
         tokens = token_batch([examples[place] for place in places], _chosen(old_logps, places))
@@ -82,7 +85,7 @@ def _gradient(
             with torch.no_grad():
                 reference_PH = run(weights, batch.ids_R, attend, BaseOps(), batch.predicting_P)
                 tokens = replace(tokens, reference_logps_N=head.logps(reference_PH, batch))
-        if budget.recompute:
+        if recompute:
             h_PH, backward = run_recomputing(weights, batch.ids_R, attend, ops, batch.predicting_P)
         else:
             h_PH = run(weights, batch.ids_R, attend, ops, batch.predicting_P)
@@ -90,16 +93,10 @@ def _gradient(
         with torch.no_grad():
             loss, d_PH = head.gradient(h_PH.detach(), batch, tokens, settings)
         backward(d_PH)
-        parts.append(loss)
+        losses.append(loss)
         for place, logps_T in zip(places, torch.split(loss.logps_N, batch.lengths), strict=True):
             logps[place] = logps_T
-    return _summed(parts, logps, settings)
-
-
-def _summed(parts: Sequence[PackLoss], logps: list[Tensor | None], settings: LossSettings) -> Gradient:
-    if not parts:
-        return Gradient(0.0, 0.0 if settings.beta else None, 0, 0, 0, logps)
-    whole = PackLoss.total(parts)
+    whole = PackLoss.total(losses)
     return Gradient(
         loss=float(whole.loss),
         kl=None if whole.kl is None else float(whole.kl),
@@ -108,6 +105,11 @@ def _summed(parts: Sequence[PackLoss], logps: list[Tensor | None], settings: Los
         tokens=len(whole.logps_N),
         logps=logps,
     )
+
+
+def _extremes(examples: Sequence[Example]) -> tuple[int, int]:
+    """Rows of the longest prompt, and of the longest completion with its prompt."""
+    return max((len(e.prompt) for e in examples), default=0), max(map(length, examples), default=0)
 
 
 @torch.no_grad()
@@ -120,7 +122,8 @@ def logps(
     """
     head, ops = Head(weights, temperature, vocab), BaseOps() if base else PlainOps()
     found: dict[int, Tensor] = {}
-    for places in split(examples, range(len(examples)), Budget(weights.architecture).rows(weights)):
+    rows = Budget(weights.architecture).rows(weights, *_extremes(examples))
+    for places in split(examples, range(len(examples)), rows):
         batch = pack(examples, places).to(weights.embed_VH.device)
         attend = PackedAttention(weights.architecture, batch, weights.embed_VH.dtype)
         logps_N = head.logps(run(weights, batch.ids_R, attend, ops, batch.predicting_P), batch)

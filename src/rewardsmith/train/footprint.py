@@ -31,7 +31,10 @@ SLACK = 1.1  # what allocators leave unused between blocks
 @dataclass(frozen=True)
 class Shape:
     """The numbers of a model. `weights` are all of its parameters, `linear` those of the layers LoRA can go on,
-    `adapted` those of the layers it does go on, `adapter` its own. `qk_norms`, `post_norms`: norms beyond two a layer."""
+    `adapted` those of the layers it does go on, `adapter` its own.
+
+    `qk_norms`, `post_norms`: whether a layer has these beside its two.
+    """
 
     family: str
     layers: int

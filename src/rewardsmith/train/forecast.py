@@ -49,6 +49,7 @@ class Forecast:
     batch: int
     steps: deque[StepSeconds] = field(default_factory=lambda: deque(maxlen=RECENT))
     evaluations: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_EVALUATIONS))
+    cold: bool = False  # whether the only evaluation is the one that warmed up
     counted: int = 0  # steps of this attempt, the first one included
     peak: int = 0
     highest: int = 0  # sum of the ranks' own high-water marks when `peak` was measured
@@ -62,6 +63,9 @@ class Forecast:
         prefix = "seconds/"
         phases = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
         if "evaluate" in phases:
+            if self.cold:
+                self.evaluations.clear()
+            self.cold = step == 0
             self.evaluations.append(phases["evaluate"])
         if step == 0:
             return {}
@@ -84,7 +88,9 @@ class Forecast:
         if self.counted != 1 + CALIBRATION or self.left is None:
             return None
         usual = by_phase(self.steps)
-        phases = ", ".join(f"{name} {figure(usual[name])}" for name in usual if _is_worth_a_word(name, usual))
+        # Reports come first in time, as those of the step before.
+        names = sorted(filter(lambda name: _is_worth_a_word(name, usual), usual), key="report".__eq__)
+        phases = ", ".join(f"{name} {figure(usual[name])}" for name in names)
         memory = f", peak memory {size(self.peak)}" if self.peak else ""
         return f"about {figure(per_step(usual))} s a step ({phases}), {duration(self.left)} left{memory}"
 

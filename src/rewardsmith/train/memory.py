@@ -1,8 +1,8 @@
 """How many tokens go through the model at a time: what fits into free memory, and no more than speed asks for.
 
-Where memory is ample the number is a constant, so a resumed job divides its batches as before. When memory runs out all
-the same, the number is halved for the rest of the job, then layers are computed twice in place of being kept, and the
-user hears of it. How a batch is divided is `packed`'s business.
+Where memory is ample the number follows from the model and the batch alone, so a resumed job divides its batches as
+before. When memory runs out all the same, it is halved for the rest of the job, then layers are computed twice in place
+of being kept, and the user hears of it. How a batch is divided is `packed`'s business.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from rewardsmith.rollout.architecture import Architecture
 from rewardsmith.rollout.memory import free_bytes
 from rewardsmith.rollout.weights import Weights
 
-ROWS = {"cpu": 2048, "cuda": 16384}  # more is not faster: measured, docs/benchmarks.md
-FEWEST_ROWS = 64  # to begin with; halving may go below
+ROWS = {"cpu": 2048, "cuda": 16384}  # more is not faster
+KEPT_BYTES = 2**28  # on a CPU, where from ENOUGH_ROWS on a model large enough to keep that much is as fast as can be
+ENOUGH_ROWS = 512
+PROMPTS = 8  # a micro-batch is worth that many prompts at least, for a prompt is computed again in each
+FEWEST_ROWS = 64  # however little memory is free to begin with; halving may go below
 SHARE = 0.5  # of the free memory for one step's work: the estimate is not exact, and others want some
 
 
@@ -40,46 +43,58 @@ def bytes_per_row(weights: Weights, recompute: bool = False) -> int:
 class Budget:
     """The number of rows of a micro-batch, for one of `ranks` processes that share the memory.
 
-    `notice` hears what a user should know of.
+    `most` is a limit found by running out of memory, `recompute` says that layers are computed twice. `notice` hears
+    what a user should know of.
     """
 
     def __init__(self, architecture: Architecture, ranks: int = 1) -> None:
         self._ranks = ranks
-        self._rows: int | None = None
+        self._room: float | None = None
+        self._latest = 0
+        self.most: int | None = None
         self.recompute = False
         self.notice: Callable[[str], None] = lambda message: None
 
-    def rows(self, weights: Weights) -> int:
-        if self._rows is None:
-            like = weights.embed_VH
-            room = free_bytes(like.device) * SHARE / self._ranks
-            affordable = int(room / bytes_per_row(weights))
-            wanted = ROWS["cpu" if like.device.type == "cpu" else "cuda"]
-            # In steps of two, so that a little more or less free memory does not change how a batch is divided.
-            while wanted > max(affordable, FEWEST_ROWS):
-                wanted //= 2
-            self._rows = wanted
-        return self._rows
+    def rows(self, weights: Weights, prompt: int, longest: int) -> int:
+        """For a batch whose longest prompt has `prompt` rows, and its longest completion `longest` with its prompt."""
+        like = weights.embed_VH
+        if self._room is None:
+            # Asked once: what a running job has taken itself is not free any more.
+            self._room = free_bytes(like.device) * SHARE / self._ranks
+        if not self.recompute and longest * bytes_per_row(weights) > self._room:
+            self._recompute(f"a completion of {longest} tokens, its prompt included, takes much of the free memory")
+        per_row = bytes_per_row(weights, self.recompute)
+        wanted = ROWS["cpu" if like.device.type == "cpu" else "cuda"]
+        while like.device.type == "cpu" and wanted > ENOUGH_ROWS and wanted * per_row > KEPT_BYTES:
+            wanted //= 2
+        wanted = max(wanted, PROMPTS * prompt)
+        # In steps of two, so that a little more or less free memory does not change how a batch is divided.
+        while wanted > max(self._room / per_row, FEWEST_ROWS):
+            wanted //= 2
+        self._latest = wanted if self.most is None else min(wanted, self.most)
+        return self._latest
 
     def shrink(self, longest: int) -> None:
-        """After running out of memory. `longest` is the number of rows of the longest completion with its prompt.
+        """After running out of memory; `longest` as in `rows`.
 
         Raises ModelError when not even one completion fits with everything else given up.
         """
-        assert self._rows is not None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if self._rows > longest:
-            self._rows //= 2
-            self.notice(f"memory ran out: from now on at most {self._rows} tokens are trained on at a time")
+        if self._latest > longest:
+            self.most = self._latest // 2
+            self.notice(f"memory ran out: from now on at most {self.most} tokens are trained on at a time")
         elif not self.recompute:
-            self.recompute = True
-            self.notice("memory ran out: from now on each layer is computed twice in a step, which takes less of it")
+            self._recompute("memory ran out")
         else:
             raise ModelError(
                 f"not enough memory to train on one completion of {longest} tokens, its prompt included. A shorter "
                 "sampling_params.max_tokens, a lower rank or a smaller base model needs less"
             )
+
+    def _recompute(self, why: str) -> None:
+        self.recompute = True
+        self.notice(f"{why}: from now on each layer is computed twice in a step, which is slower and takes less of it")
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rewardsmith.rollout.engine import Completion
 from rewardsmith.rollout.fast import FastEngine
+from rewardsmith.rollout.memory import free_bytes
 from rewardsmith.rollout.weights import Weights
 from rewardsmith.train import fast
 from rewardsmith.train.batch import Example
@@ -60,6 +61,8 @@ class Rank:
             vocab=sampling.vocab,
             tokenizer=sampling.tokenizer,
             between_tokens=between_tokens,
+            # The ranks of a CPU share its memory.
+            cache_bytes=free_bytes(self.weights.embed_VH.device) // (2 * count) if device is None else None,
         )
         self.budget = Budget(weights.architecture, count)
         self._vocab = sampling.vocab

@@ -20,7 +20,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import torch.multiprocessing  # lets tensors in shared memory travel through pipes
 from torch import Tensor
 
 from rewardsmith.rollout.adapter import Fingerprint

@@ -7,15 +7,19 @@ computed is in `rank`.
 
 from __future__ import annotations
 
+import io
 import signal
 import traceback
-from collections import deque
+from collections import ChainMap, deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 
 from rewardsmith.errors import JobError, RewardsmithError
 from rewardsmith.train.rank import Rank
@@ -44,7 +48,7 @@ class Worker:
         """Gives the worker something to do. Raises JobError when it is gone."""
         self.busy = True
         try:
-            self.connection.send((name, *arguments))
+            _send(self.connection, (name, *arguments))
         except OSError:
             raise self._gone() from None
 
@@ -62,7 +66,7 @@ class Worker:
     def cancel(self) -> None:
         """Ends a sampling order early and forgets what it brought."""
         if self.busy:
-            self.connection.send(("cancel",))
+            _send(self.connection, ("cancel",))
             self.answer()
         self.groups.clear()
 
@@ -122,13 +126,13 @@ def _serve(connection: Connection, foreign: Sequence[Connection]) -> None:
                 else:
                     assert rank is not None, "the first order is load"
                     result = _carry_out(connection, rank, name, arguments)
-                connection.send(("done", result))
+                _send(connection, ("done", result))
             except _Canceled:
-                connection.send(("done", None))
+                _send(connection, ("done", None))
             except RewardsmithError as error:
-                connection.send(("error", error))
+                _send(connection, ("error", error))
             except Exception as error:
-                connection.send(("error", JobError(f"a training rank failed: {error}\n{traceback.format_exc()}")))
+                _send(connection, ("error", JobError(f"a training rank failed: {error}\n{traceback.format_exc()}")))
     except (EOFError, OSError):
         return  # rank 0 is gone, or has closed the pipe
 
@@ -140,10 +144,25 @@ def _load(connection: Connection, *arguments: Any) -> Rank:
 def _carry_out(connection: Connection, rank: Rank, name: str, arguments: list[Any]) -> Any:
     if name == "generate":
         for group in rank.generate(*arguments):
-            connection.send(("group", group))
+            _send(connection, ("group", group))
         return None
     orders: dict[str, Callable[..., Any]] = {"merge": rank.merge, "deliver": rank.deliver, "gradient": rank.gradient}
     return orders[name](*arguments)
+
+
+def _send(connection: Connection, message: Any) -> None:
+    """Tensors in shared memory go as references. Others as their bytes: each reference costs an open file."""
+    stream = io.BytesIO()
+    pickler = ForkingPickler(stream)
+    pickler.dispatch_table = ChainMap({torch.Tensor: _reduced}, pickler.dispatch_table)
+    pickler.dump(message)
+    connection.send_bytes(stream.getbuffer())
+
+
+def _reduced(tensor: Tensor) -> Any:
+    if tensor.is_shared():
+        return reduce_tensor(tensor)
+    return torch.from_numpy, (tensor.numpy(),)
 
 
 def _stop_when_asked(connection: Connection) -> None:
