@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import signal
 import traceback
-from collections import ChainMap, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
@@ -154,14 +154,14 @@ def _send(connection: Connection, message: Any) -> None:
     """Tensors in shared memory go as references. Others as their bytes: each reference costs an open file."""
     stream = io.BytesIO()
     pickler = ForkingPickler(stream)
-    pickler.dispatch_table = ChainMap({torch.Tensor: _reduced}, pickler.dispatch_table)
+    pickler.dispatch_table = {**pickler.dispatch_table, torch.Tensor: _reduced}
     pickler.dump(message)
     connection.send_bytes(stream.getbuffer())
 
 
 def _reduced(tensor: Tensor) -> Any:
-    if tensor.is_shared():
-        return reduce_tensor(tensor)
+    if tensor.is_shared():  # type: ignore[no-untyped-call]
+        return reduce_tensor(tensor)  # type: ignore[no-untyped-call]
     return torch.from_numpy, (tensor.numpy(),)
 
 
