@@ -1,7 +1,11 @@
 """Fixtures that more than one folder of tests uses."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# Before torch is imported: a thread that spins while it waits takes whole time slices from the others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from processes import Server

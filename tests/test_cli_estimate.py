@@ -52,9 +52,10 @@ FOUND = Estimate(
 )
 
 
-def page(found: Estimate, terminal: bool = True) -> list[str]:
+def page(found: Estimate, width: int = 80) -> list[str]:
     out = io.StringIO()
-    show("qwen", found, Console(file=out, width=80, force_terminal=terminal, color_system=None, highlight=False))
+    show("qwen", found, Console(file=out, width=width, color_system=None, highlight=False))
+    assert max(map(len, out.getvalue().splitlines())) <= 120
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
@@ -82,6 +83,10 @@ def test_the_page_says_what_fits_how_long_it_takes_and_what_it_rests_on():
         "  adapter               merged into a copy of the weights",
         "  micro-batch           up to 2048 tokens in each rank",
     ]
+
+
+def test_a_file_gets_the_same_page():
+    assert page(FOUND, width=100_000) == page(FOUND)
 
 
 def test_what_does_not_fit_says_what_would():

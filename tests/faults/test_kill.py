@@ -36,7 +36,7 @@ CONFIG = GRPOConfig(
     seed=7,
 )
 # What a killed process may repeat or wait for is not part of the result.
-TIMINGS = ("seconds/", "tokens_per_second")
+TIMINGS = ("seconds/", "tokens_per_second", "forecast/", "memory/")
 
 
 def submit(rs: Rewardsmith, folder: Path) -> str:

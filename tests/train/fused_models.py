@@ -25,11 +25,10 @@ from rewardsmith.rollout.sampling import Support
 from rewardsmith.rollout.weights import Weights
 from rewardsmith.train import fast
 from rewardsmith.train.backward import BaseOps
-from rewardsmith.train.batch import Example, has_gradient, token_batch
+from rewardsmith.train.batch import Example, Gradient, has_gradient, token_batch
 from rewardsmith.train.lora import POLICY, attach
 from rewardsmith.train.losses import LossSettings, token_losses
 from rewardsmith.train.memory import Budget
-from rewardsmith.train.update import Gradient
 
 VOCAB, TEMPERATURE = len(WORDS), 0.9
 # The first prompt comes twice; one-token completions, groups of one, prompts of one token.
@@ -110,7 +109,7 @@ def fast_gradient(
         temperature=TEMPERATURE,
         vocab=VOCAB,
         gradients=gradients,
-        budget=budget or Budget(weights.architecture),
+        budget=budget or Budget(),
         old_logps=old,
     )
     return found, gradients

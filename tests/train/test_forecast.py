@@ -170,6 +170,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is told by
 
 
 def hold(shared: torch.Tensor, own: int, ready, done) -> None:
+    torch.set_num_threads(1)  # a fork has none of this process's threads, and would wait for them
     assert shared.sum() == shared.numel()
     held = torch.ones(own // 4)
     ready.set()
@@ -181,7 +182,12 @@ def told_by_a_fork(function: Callable[[], list[float]]) -> list[float]:
     """A forked process has a high-water mark of its own, whatever other tests held before."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: theirs.send(function()))
+
+    def tell() -> None:
+        torch.set_num_threads(1)  # a fork has none of this process's threads, and would wait for them
+        theirs.send(function())
+
+    process = context.Process(target=tell)
     process.start()
     told = ours.recv() if ours.poll(60) else []
     process.join()

@@ -19,12 +19,12 @@ from rewardsmith.rollout.engine import Completion
 from rewardsmith.rollout.prompts import Prompt
 from rewardsmith.rollout.sampling import Support
 from rewardsmith.train import plain
-from rewardsmith.train.batch import Example
+from rewardsmith.train.batch import Example, Gradient
 from rewardsmith.train.grpo import Advantage, Loss
 from rewardsmith.train.lora import POLICY, attach, parameters
 from rewardsmith.train.plain import PlainPath
 from rewardsmith.train.samples import Sample, examples, shaped_totals, with_advantages
-from rewardsmith.train.update import Gradient, make_optimizer, rate_factor, update
+from rewardsmith.train.update import make_optimizer, rate_factor, update
 
 VOCAB, MAX_TOKENS = len(WORDS), 12
 PROMPTS = [[5, 6, 7], [9], [12, 3, 3, 8, 20], [4, 4]]

@@ -20,7 +20,7 @@ TESTS = Path(__file__).parents[1]
 
 def rows(monkeypatch: pytest.MonkeyPatch, weights: Weights, free: float, prompt: int = 3, ranks: int = 1) -> int:
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(free))
-    return Budget(weights.architecture, ranks).rows(weights, prompt, prompt + 10)
+    return Budget(ranks).rows(weights, prompt, prompt + 10)
 
 
 def test_ample_memory_gives_a_constant_and_little_a_half_or_a_quarter(monkeypatch: pytest.MonkeyPatch):
@@ -44,7 +44,7 @@ def test_no_more_memory_is_taken_than_makes_it_faster(monkeypatch: pytest.Monkey
 def test_a_completion_too_long_for_the_free_memory_is_recomputed_from_the_start(monkeypatch: pytest.MonkeyPatch):
     _, weights = policy()
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(100 * bytes_per_row(weights) / memory.SHARE))
-    budget, heard = Budget(weights.architecture), []
+    budget, heard = Budget(), []
     budget.notice = heard.append
     budget.rows(weights, 10, 99)
     assert not budget.recompute and not heard
@@ -55,7 +55,7 @@ def test_a_completion_too_long_for_the_free_memory_is_recomputed_from_the_start(
 
 def test_memory_that_runs_out_halves_then_recomputes_then_ends_the_job():
     _, weights = policy()
-    budget, heard = Budget(weights.architecture), []
+    budget, heard = Budget(), []
     budget.notice = heard.append
     assert budget.rows(weights, 100, 600) == 2048
     for expected in ((1024, False), (512, False), (512, True)):
@@ -81,7 +81,7 @@ def test_an_attempt_that_fails_leaves_nothing_in_the_gradient(monkeypatch: pytes
     _, weights = policy()
     settings = LossSettings(beta=0.1)
     _, expected = fast_gradient(weights, batch(), settings)
-    budget, heard = Budget(weights.architecture), []
+    budget, heard = Budget(), []
     budget.most, budget.notice = 40, heard.append
     calls = []
     whole_pack = torch.autograd.backward
@@ -112,7 +112,7 @@ tiny_models.ODDITIES["qwen2"] |= dict(
 )
 _, weights = policy("qwen2", torch.float32)
 examples = batch([([1 + i] * 60, ({length},) * 3) for i in range({groups})])
-budget, heard = Budget(weights.architecture), []
+budget, heard = Budget(), []
 budget.most, budget.notice = {rows}, heard.append
 fast_gradient(weights, batch(), LossSettings(), budget=budget)  # threads, libraries, buffers
 def size(field):

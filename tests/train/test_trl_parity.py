@@ -22,12 +22,12 @@ from rewardsmith.rewards.outcomes import Score
 from rewardsmith.rollout.adapter import adapter_tensors
 from rewardsmith.rollout.engine import Completion
 from rewardsmith.rollout.prompts import Prompt
-from rewardsmith.train.batch import Example
+from rewardsmith.train.batch import Example, Gradient
 from rewardsmith.train.learner import Learner
 from rewardsmith.train.lora import POLICY, attach
 from rewardsmith.train.plain import PlainPath
 from rewardsmith.train.samples import Sample, examples, with_advantages
-from rewardsmith.train.update import Gradient, make_optimizer
+from rewardsmith.train.update import make_optimizer
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")

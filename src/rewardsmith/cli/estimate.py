@@ -110,7 +110,7 @@ def _print(out: Console, heading: Text, rows: Iterable[tuple[str, Text]], label_
         table.add_row(label, text)
     out.print()
     out.print(heading)
-    out.print(Padding(table, (0, 0, 0, 2 if label_width else 0)))
+    out.print(Padding(table, (0, 0, 0, 2 if label_width else 0), expand=False))
 
 
 def _bars(values: Mapping[str, float], text: Callable[[float], str]) -> Iterator[tuple[str, Text]]:

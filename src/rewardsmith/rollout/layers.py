@@ -63,7 +63,7 @@ def run(weights: Weights, ids_N: Tensor, attend: Attend, ops: Ops, last_rows: Te
     """Hidden states after the final norm, N x hidden, or of `last_rows` only, which spares the last layer's rest."""
     shape, epsilon = weights.architecture, weights.architecture.norm_epsilon
     q_width, kv_width = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    x = weights.embed_VH[ids_N]
+    x = weights.embed_VH.index_select(0, ids_N)
     if shape.embed_scale != 1.0:
         x = x * shape.embed_scale
     layers = weights.layers
@@ -75,7 +75,7 @@ def run(weights: Weights, ids_N: Tensor, attend: Attend, ops: Ops, last_rows: Te
             q, k = ops.norm(q, layer.q_norm, epsilon), ops.norm(k, layer.k_norm, epsilon)
         mixed = attend(i, q, k, v).flatten(-2)
         if last_rows is not None and i == len(layers) - 1:
-            mixed, x = mixed[last_rows], x[last_rows]
+            mixed, x = mixed.index_select(0, last_rows), x.index_select(0, last_rows)
         mixed = ops.linear(mixed, layer.out)
         if layer.post_attention_norm is not None:
             mixed = ops.norm(mixed, layer.post_attention_norm, epsilon)

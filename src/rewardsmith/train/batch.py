@@ -1,14 +1,15 @@
 """Trained completions, and their tokens laid end to end as the losses want them.
 
-Shared by the plain and the fast path: what an example is, which examples have a gradient at all, and the flat
-`TokenBatch` of some of them. Weights come from `grpo.weights` over the whole batch; how the ids get through the model
-is each path's own matter.
+Shared by the plain and the fast path: what an example is, which examples have a gradient at all, the flat `TokenBatch`
+of some of them, and what comes out beside the gradient. Weights come from `grpo.weights` over the whole batch; how the
+ids get through the model is each path's own matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -31,6 +32,36 @@ class Example:
     weight: float
     sampler_logps: list[float]
     support: Support | None = None
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """What came out beside the gradient itself, summed over the tokens that it was computed from.
+
+    `kl` is k3's to the reference in nats, None without a reference pass; `clipped_low`, `clipped_high` and `tokens` are
+    numbers of tokens. `logps` are the policy's, one tensor per example in the order given, None for an example that has
+    no gradient and was passed over.
+    """
+
+    loss: float
+    kl: float | None
+    clipped_low: int
+    clipped_high: int
+    tokens: int
+    logps: list[Tensor | None]
+
+    @classmethod
+    def total(cls, parts: Sequence[Self]) -> Self:
+        """Of parts of one batch, their examples one part after the other."""
+        kls = [part.kl for part in parts if part.kl is not None]
+        return cls(
+            loss=sum(part.loss for part in parts),
+            kl=sum(kls) if kls else None,
+            clipped_low=sum(part.clipped_low for part in parts),
+            clipped_high=sum(part.clipped_high for part in parts),
+            tokens=sum(part.tokens for part in parts),
+            logps=[logps for part in parts for logps in part.logps],
+        )
 
 
 def has_gradient(example: Example, settings: LossSettings) -> bool:

@@ -18,13 +18,12 @@ from rewardsmith.rollout.layers import PlainOps, run
 from rewardsmith.rollout.weights import Weights
 from rewardsmith.train.attention import PackedAttention
 from rewardsmith.train.backward import AdapterGradient, BaseOps, TrainedOps
-from rewardsmith.train.batch import Example, has_gradient, token_batch
+from rewardsmith.train.batch import Example, Gradient, has_gradient, token_batch
 from rewardsmith.train.head import Head, PackLoss
 from rewardsmith.train.losses import LossSettings
 from rewardsmith.train.memory import Budget, out_of_memory
 from rewardsmith.train.packed import length, pack, split
 from rewardsmith.train.recompute import run_recomputing
-from rewardsmith.train.update import Gradient
 
 
 def gradient(
@@ -122,7 +121,7 @@ def logps(
     """
     head, ops = Head(weights, temperature, vocab), BaseOps() if base else PlainOps()
     found: dict[int, Tensor] = {}
-    rows = Budget(weights.architecture).rows(weights, *_extremes(examples))
+    rows = Budget().rows(weights, *_extremes(examples))
     for places in split(examples, range(len(examples)), rows):
         batch = pack(examples, places).to(weights.embed_VH.device)
         attend = PackedAttention(weights.architecture, batch, weights.embed_VH.dtype)

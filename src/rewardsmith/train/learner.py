@@ -24,12 +24,12 @@ from rewardsmith.rollout.plain import PlainEngine
 from rewardsmith.rollout.weights import Weights
 from rewardsmith.train import agreement, lora
 from rewardsmith.train.agreement import Mismatch
-from rewardsmith.train.batch import Example
+from rewardsmith.train.batch import Example, Gradient
 from rewardsmith.train.losses import LossSettings
 from rewardsmith.train.plain import PlainPath
 from rewardsmith.train.rank import Sampling
 from rewardsmith.train.ranks import Ranks, available_cores
-from rewardsmith.train.update import Gradient, GradientPath, Update, make_optimizer, update
+from rewardsmith.train.update import GradientPath, Update, make_optimizer, update
 
 MERGED_SHARE = 0.5  # of the free memory that a merged copy of the weights may take
 

@@ -58,6 +58,8 @@ def train(run: Run) -> Ending:
         clock = Clock()  # sending is timed with the step to come: its own report is written by then
         with clock("report"):
             run.journal.send(report)
+            if said := run.forecast.announcement():
+                run.journal.event("info", said, step=step)
             if due:
                 save(run, evaluation.reward)
             pause_on_errors(run, groups)
@@ -134,7 +136,7 @@ def as_report(run: Run, metrics: dict[str, float], segments: list[Segment]) -> S
         total_steps=run.total_steps,
         steps_per_epoch=run.batches.steps_per_epoch,
         revision=run.revision,
-        metrics=metrics | {"epoch": epoch},
+        metrics=metrics | {"epoch": epoch} | run.forecast.after(step, metrics, run.revision),
         segments=segments,
     )
 

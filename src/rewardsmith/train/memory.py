@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 
 from rewardsmith.errors import ModelError
-from rewardsmith.rollout.architecture import Architecture
 from rewardsmith.rollout.memory import free_bytes
 from rewardsmith.rollout.weights import Weights
 
@@ -47,7 +46,7 @@ class Budget:
     what a user should know of.
     """
 
-    def __init__(self, architecture: Architecture, ranks: int = 1) -> None:
+    def __init__(self, ranks: int = 1) -> None:
         self._ranks = ranks
         self._room: float | None = None
         self._latest = 0

@@ -16,10 +16,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from rewardsmith.config import GRPOConfig
-from rewardsmith.train.batch import Example, has_gradient, token_batch
+from rewardsmith.train.batch import Example, Gradient, has_gradient, token_batch
 from rewardsmith.train.lora import POLICY
 from rewardsmith.train.losses import LossSettings, token_losses
-from rewardsmith.train.update import Gradient
 
 MICRO_BATCH_TOKENS = 2048  # padded tokens; for small models larger ones only fall out of a CPU's caches
 MICRO_BATCH_LOGITS = 2**27  # floats of one micro-batch's logits: 512 MiB, and as much again for their gradient

@@ -18,10 +18,9 @@ from rewardsmith.rollout.fast import FastEngine
 from rewardsmith.rollout.memory import free_bytes
 from rewardsmith.rollout.weights import Weights
 from rewardsmith.train import fast
-from rewardsmith.train.batch import Example
+from rewardsmith.train.batch import Example, Gradient
 from rewardsmith.train.losses import LossSettings
 from rewardsmith.train.memory import Budget
-from rewardsmith.train.update import Gradient
 
 if TYPE_CHECKING:
     from rewardsmith.config import SamplingParamsConfig
@@ -64,7 +63,7 @@ class Rank:
             # The ranks of a CPU share its memory.
             cache_bytes=free_bytes(self.weights.embed_VH.device) // (2 * count) if device is None else None,
         )
-        self.budget = Budget(weights.architecture, count)
+        self.budget = Budget(count)
         self._vocab = sampling.vocab
         self._row_F = row_F
         # The row is rank 0's to read, in shared memory; on a GPU the gradient is computed there first.

@@ -26,11 +26,10 @@ from rewardsmith.rollout.adapter import Fingerprint
 from rewardsmith.rollout.engine import Completion
 from rewardsmith.rollout.weights import Weights
 from rewardsmith.train import fast
-from rewardsmith.train.batch import Example
+from rewardsmith.train.batch import Example, Gradient
 from rewardsmith.train.losses import LossSettings
 from rewardsmith.train.rank import Rank, Sampling, new_rows
 from rewardsmith.train.shares import Slice, shares
-from rewardsmith.train.update import Gradient
 from rewardsmith.train.worker import Worker
 
 if TYPE_CHECKING:
@@ -187,7 +186,7 @@ class Ranks:
     ) -> tuple[Gradient, Mapping[str, Tensor]]:
         """Of the whole batch; the tensors have the adapter's names and are overwritten by the next call."""
         groups = _by_prompt(examples)
-        divided = shares([[fast.cost(examples[i], settings) for i in group] for group in groups], self.count)
+        divided = shares([_costs([examples[i] for i in group], settings) for group in groups], self.count)
         places = [[i for s in share for i in groups[s.group][s.start : s.stop]] for share in divided]
 
         def work(mine: list[int]) -> tuple[Any, ...]:
@@ -238,6 +237,13 @@ def _by_prompt(examples: Sequence[Example]) -> list[list[int]]:
     for i, example in enumerate(examples):
         groups.setdefault(tuple(example.prompt), []).append(i)
     return list(groups.values())
+
+
+def _costs(group: Sequence[Example], settings: LossSettings) -> list[float]:
+    """Of each completion of a prompt, with its part of the prompt's own."""
+    own = [fast.cost(example, settings) for example in group]
+    learned = sum(cost > 0 for cost in own)
+    return [cost and cost + len(group[0].prompt) / learned for cost in own]
 
 
 def _sum(parts: Sequence[Gradient], places: Sequence[Sequence[int]]) -> Gradient:

@@ -26,6 +26,7 @@ from rewardsmith.train import checkpoint, lora
 from rewardsmith.train.artifacts import JobArtifacts
 from rewardsmith.train.checkpoint import Progress
 from rewardsmith.train.data import Batches, read_rows, split_rows
+from rewardsmith.train.forecast import Forecast
 from rewardsmith.train.journal import Journal
 from rewardsmith.train.learner import Learner
 from rewardsmith.train.losses import dead_settings
@@ -54,6 +55,7 @@ class Run:
     pool: RewardPool
     revision: int
     yielding: Callable[[], bool]
+    forecast: Forecast
     refused: set[int] = field(default_factory=set)
     guard: ErrorGuard = field(default_factory=ErrorGuard)
     silent_steps: int = 0  # steps running in which no group had any signal
@@ -110,6 +112,7 @@ def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool], ranks:
         pool=pool,
         revision=spec.revision.revision,
         yielding=yielding,
+        forecast=Forecast(total_steps, config.save_every, len(held_out), config.effective_batch_size),
     )
     log.info("%d rows, %d held out, steps %d to %d", len(train), len(held_out), progress.step + 1, total_steps)
     if learner.path != "plain":  # that was said already, with the reason

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from peft import PeftModel
@@ -21,38 +21,8 @@ from torch import Tensor
 from rewardsmith.config import GRPOConfig, OptimizerConfig, SchedulerConfig
 from rewardsmith.errors import ModelError
 from rewardsmith.rollout.sampling import completion_seed
-from rewardsmith.train.batch import Example
+from rewardsmith.train.batch import Example, Gradient
 from rewardsmith.train.lora import parameters
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """What came out beside the gradient itself, summed over the tokens that it was computed from.
-
-    `kl` is k3's to the reference in nats, None without a reference pass; `clipped_low`, `clipped_high` and `tokens` are
-    numbers of tokens. `logps` are the policy's, one tensor per example in the order given, None for an example that has
-    no gradient and was passed over.
-    """
-
-    loss: float
-    kl: float | None
-    clipped_low: int
-    clipped_high: int
-    tokens: int
-    logps: list[Tensor | None]
-
-    @classmethod
-    def total(cls, parts: Sequence[Self]) -> Self:
-        """Of parts of one batch, their examples one part after the other."""
-        kls = [part.kl for part in parts if part.kl is not None]
-        return cls(
-            loss=sum(part.loss for part in parts),
-            kl=sum(kls) if kls else None,
-            clipped_low=sum(part.clipped_low for part in parts),
-            clipped_high=sum(part.clipped_high for part in parts),
-            tokens=sum(part.tokens for part in parts),
-            logps=[logps for part in parts for logps in part.logps],
-        )
 
 
 class GradientPath(Protocol):
