@@ -36,7 +36,6 @@ def adapter_bytes(folder: Path, server: ScriptedServer) -> list[bytes]:
 
 
 NOT_TIMED = {
-    *("memory/peak_bytes", "forecast/seconds_per_step", "forecast/seconds_left"),
     *("total_reward", "total_reward_std", "reward/letter_a/mean", "reward/letter_a/std", "reward/letter_a/error_rate"),
     *("group/frac_zero_signal", "group/frac_all_best", "group/frac_all_worst", "entropy", "clip_ratio/low"),
     *("completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio"),
@@ -44,6 +43,7 @@ NOT_TIMED = {
     *("learning_rate", "loss", "epoch", "tokens"),
 }
 TIMED = {
+    *("memory/peak_bytes", "forecast/seconds_per_step", "forecast/seconds_left"),
     *("seconds/generate", "seconds/score", "seconds/update", "seconds/deliver", "seconds/report", "seconds/wait"),
     *("tokens_per_second", "reward/letter_a/seconds_p95", "seconds/evaluate"),
 }
