@@ -86,8 +86,8 @@ def child(what: str, name: str, clock: str, tokens: int | None = None) -> dict[s
 
 
 def predict(name: str, tokens: int, one_thread: bool) -> dict[str, Any]:
-    from rewardsmith.train.estimate import estimate
-    from rewardsmith.train.ranks import Ranks
+    from rewardsmith.train.estimate.estimate import estimate
+    from rewardsmith.train.parallel.ranks import Ranks
 
     _limit_threads(one_thread)
     config, prompts = _setting(name)
@@ -119,7 +119,7 @@ def measure(name: str, _: int, one_thread: bool) -> dict[str, Any]:
     from rewardsmith.train.batch import Example
     from rewardsmith.train.forecast import peak_bytes
     from rewardsmith.train.learner import Learner
-    from rewardsmith.train.ranks import Ranks
+    from rewardsmith.train.parallel.ranks import Ranks
 
     _limit_threads(one_thread)
     clock = time.process_time if one_thread else time.perf_counter
@@ -194,7 +194,9 @@ def _limit_threads(one_thread: bool) -> None:
         return
     import torch
 
-    from rewardsmith.train import estimate, learner, ranks
+    from rewardsmith.train import learner
+    from rewardsmith.train.estimate import estimate
+    from rewardsmith.train.parallel import ranks
 
     torch.set_num_threads(1)
     # The learner would take all cores.

@@ -18,7 +18,7 @@ from rewardsmith.rollout.engine import Completion
 from rewardsmith.rollout.prompts import Prompt
 from rewardsmith.rollout.sampling import completion_seed
 from rewardsmith.train.learner import Learner
-from rewardsmith.train.ranks import Ranks
+from rewardsmith.train.parallel.ranks import Ranks
 from rewardsmith.train.samples import Sample, examples, with_advantages
 
 FOREVER = 10**6

@@ -9,13 +9,13 @@ from tiny_models import WORDS, random_model, tokenizer
 
 from rewardsmith.config import SamplingParamsConfig
 from rewardsmith.rollout.adapter import adapter_tensors
-from rewardsmith.rollout.architecture import describe
 from rewardsmith.rollout.engine import Completion, Engine, stop_ids
-from rewardsmith.rollout.fast import FastEngine
-from rewardsmith.rollout.kernels import TorchKernels
+from rewardsmith.rollout.fast.engine import FastEngine
+from rewardsmith.rollout.fast.kernels import TorchKernels
+from rewardsmith.rollout.model.architecture import describe
+from rewardsmith.rollout.model.weights import Weights
 from rewardsmith.rollout.plain import PlainEngine
 from rewardsmith.rollout.sampling import completion_seed
-from rewardsmith.rollout.weights import Weights
 
 KINDS = ("plain", "native", "torch")
 VOCAB, END = len(WORDS), 1

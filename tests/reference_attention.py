@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rewardsmith.rollout.architecture import Architecture, Rope
-from rewardsmith.rollout.layers import Attend, PlainOps, logits, run
-from rewardsmith.rollout.weights import Weights
+from rewardsmith.rollout.model.architecture import Architecture, Rope
+from rewardsmith.rollout.model.layers import Attend, PlainOps, logits, run
+from rewardsmith.rollout.model.weights import Weights
 
 
 def reference_attend(architecture: Architecture, positions_N: Tensor, joined_NN: Tensor | None = None) -> Attend:

@@ -14,9 +14,9 @@ from rich.console import Console
 from transformers import Qwen2Config
 
 from rewardsmith.cli.estimate import show
-from rewardsmith.train.calibration import Load
-from rewardsmith.train.estimate import Estimate
-from rewardsmith.train.footprint import Memory, Shape
+from rewardsmith.train.estimate.calibration import Load
+from rewardsmith.train.estimate.estimate import Estimate
+from rewardsmith.train.estimate.footprint import Memory, Shape
 
 GIB = 2**30
 SHAPE = Shape(

@@ -8,7 +8,7 @@ from tiny_models import ALL_FAMILIES, CONTEXT, WINDOW, random_model
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, MixtralConfig, MixtralForCausalLM, PhiConfig
 from transformers import PhiForCausalLM as OldPhi
 
-from rewardsmith.rollout.architecture import Unsupported, describe
+from rewardsmith.rollout.model.architecture import Unsupported, describe
 
 
 def with_adapter(model: Any, **settings: Any) -> Any:

@@ -10,9 +10,9 @@ from tiny_models import random_model
 
 from rewardsmith.errors import DeliveryError
 from rewardsmith.rollout.adapter import Fingerprint
-from rewardsmith.rollout.architecture import describe
-from rewardsmith.rollout.projection import Projection
-from rewardsmith.rollout.weights import Weights
+from rewardsmith.rollout.model.architecture import describe
+from rewardsmith.rollout.model.projection import Projection
+from rewardsmith.rollout.model.weights import Weights
 
 RANK, SCALING, LEARNING_RATE = 16, 2.0, 1e-5
 DTYPES = [torch.float32, torch.float64]

@@ -24,16 +24,16 @@ from tiny_models import ALL_FAMILIES, CONTEXT, random_model, tokenizer
 
 from rewardsmith.config import SamplingParamsConfig
 from rewardsmith.errors import ModelError
-from rewardsmith.rollout import batch as batching
-from rewardsmith.rollout import graphs
-from rewardsmith.rollout.architecture import describe
-from rewardsmith.rollout.batch import Batch, Request
-from rewardsmith.rollout.cache import Cache, pages_for
-from rewardsmith.rollout.decode import Decoder
 from rewardsmith.rollout.engine import with_text
-from rewardsmith.rollout.fast import FastEngine
-from rewardsmith.rollout.kernels import TorchKernels
-from rewardsmith.rollout.weights import Weights
+from rewardsmith.rollout.fast import batch as batching
+from rewardsmith.rollout.fast import graphs
+from rewardsmith.rollout.fast.batch import Batch, Request
+from rewardsmith.rollout.fast.cache import Cache, pages_for
+from rewardsmith.rollout.fast.decode import Decoder
+from rewardsmith.rollout.fast.engine import FastEngine
+from rewardsmith.rollout.fast.kernels import TorchKernels
+from rewardsmith.rollout.model.architecture import describe
+from rewardsmith.rollout.model.weights import Weights
 
 PARAMS = SamplingParamsConfig(max_tokens=24)
 
@@ -307,7 +307,7 @@ def test_rows_that_fill_up_a_cuda_graph_change_nothing(monkeypatch: pytest.Monke
 
 
 def test_prefill_in_blocks_of_rows_is_exact(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("rewardsmith.rollout.attention._BLOCK", 5)
+    monkeypatch.setattr("rewardsmith.rollout.fast.attention._BLOCK", 5)
     model = adapted("gemma2")
     for prompt, group in zip(PROMPTS, generate(make_engine("torch", model), PROMPTS, 2, PARAMS), strict=True):
         assert max(largest_error(model, prompt, completion, 1.0) for completion in group) < 1e-4
@@ -315,7 +315,7 @@ def test_prefill_in_blocks_of_rows_is_exact(monkeypatch: pytest.MonkeyPatch):
 
 def test_sampling_processes_do_without_transformers_and_peft():
     code = (
-        "import sys, rewardsmith.rollout.fast, rewardsmith.rollout.native\n"
+        "import sys, rewardsmith.rollout.fast.engine, rewardsmith.rollout.fast.native\n"
         "loaded = {'transformers', 'peft'} & set(sys.modules)\n"
         "assert not loaded, loaded"
     )

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rewardsmith.rollout import compiler, native
-from rewardsmith.rollout.architecture import Architecture, LayerKind, Rope
-from rewardsmith.rollout.attention import Rotary, Rows, Tables
-from rewardsmith.rollout.cache import PAGE, Cache, pages_for
-from rewardsmith.rollout.kernels import TorchKernels, choose
-from rewardsmith.rollout.layers import PlainOps
-from rewardsmith.rollout.native import NativeKernels, NativeOps
+from rewardsmith.rollout.fast import compiler, native
+from rewardsmith.rollout.fast.attention import Rotary, Rows, Tables
+from rewardsmith.rollout.fast.cache import PAGE, Cache, pages_for
+from rewardsmith.rollout.fast.kernels import TorchKernels, choose
+from rewardsmith.rollout.fast.native import NativeKernels, NativeOps
+from rewardsmith.rollout.model.architecture import Architecture, LayerKind, Rope
+from rewardsmith.rollout.model.layers import PlainOps
 from rewardsmith.rollout.sampling import uniforms
 
 
@@ -239,7 +239,7 @@ def test_sampling_never_leaves_the_vocabulary():
 CHOICE = (
     "import torch\n"
     "from test_kernels import shape\n"
-    "from rewardsmith.rollout.kernels import choose\n"
+    "from rewardsmith.rollout.fast.kernels import choose\n"
     "print(choose(shape(), torch.zeros(1)).name)\n"
 )
 
@@ -300,7 +300,7 @@ def test_what_others_can_write_to_is_not_loaded(source: Path, what: str):
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(evil)], check=True)
     (folder if what == "folder" else library).chmod(0o777)
     # A copy: the loader knows the other one by its name for as long as this process lives.
-    copy = "import sys; from pathlib import Path; from rewardsmith.rollout import compiler;"
+    copy = "import sys; from pathlib import Path; from rewardsmith.rollout.fast import compiler;"
     code = f"{copy} sys.exit(compiler.load(Path({str(source)!r})).number())"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 1
 

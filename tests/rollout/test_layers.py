@@ -10,9 +10,9 @@ from test_architecture import multimodal_gemma
 from tiny_models import ALL_FAMILIES, PADDED_VOCAB, perturb, random_model
 from torch import Tensor
 
-from rewardsmith.rollout.architecture import describe
-from rewardsmith.rollout.layers import PlainOps, logits, run
-from rewardsmith.rollout.weights import Weights
+from rewardsmith.rollout.model.architecture import describe
+from rewardsmith.rollout.model.layers import PlainOps, logits, run
+from rewardsmith.rollout.model.weights import Weights
 
 IDS = [3, 4, 5, 6, 7, 8, 9, 10, 11, 3, 4, 5, 9, 20, 28, 2, 17, 17, 30, 12]
 LLAMA3 = {

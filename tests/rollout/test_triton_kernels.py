@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 
 from test_kernels import SHAPES, Scene
 
-from rewardsmith.rollout.kernels import TorchKernels
-from rewardsmith.rollout.triton_kernels import TritonKernels
+from rewardsmith.rollout.fast.kernels import TorchKernels
+from rewardsmith.rollout.fast.triton_kernels import TritonKernels
 
 
 @pytest.mark.parametrize("name", SHAPES)

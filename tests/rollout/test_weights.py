@@ -15,10 +15,10 @@ from tiny_models import ALL_FAMILIES, random_model
 from torch import Tensor
 
 from rewardsmith.errors import DeliveryError, ModelError
-from rewardsmith.rollout import delivery
 from rewardsmith.rollout.adapter import adapter_tensors
-from rewardsmith.rollout.architecture import describe
-from rewardsmith.rollout.weights import Weights
+from rewardsmith.rollout.model import delivery
+from rewardsmith.rollout.model.architecture import describe
+from rewardsmith.rollout.model.weights import Weights
 
 IDS = [3, 4, 5, 6, 7, 8, 9, 10, 11, 3, 4, 5, 9, 20, 28, 2]
 TESTS = Path(__file__).parents[1]
@@ -269,7 +269,7 @@ def test_row_checks_of_a_large_matrix_take_little_memory():
     """In a process of its own, whose peak is not that of other tests. All at once it would be 16 bytes a number."""
     code = (
         "import resource, torch\n"
-        "from rewardsmith.rollout.delivery import row_checks\n"
+        "from rewardsmith.rollout.model.delivery import row_checks\n"
         "torch.set_num_threads(1)\n"
         "weight = torch.ones(2048, 8192, dtype=torch.bfloat16)\n"  # 32 MiB; 128 MiB as int64
         "row_checks(weight[:64])\n"

@@ -19,16 +19,16 @@ from tiny_models import WORDS, random_model
 from torch import Tensor
 
 from rewardsmith.rollout.adapter import adapter_tensors
-from rewardsmith.rollout.architecture import describe
-from rewardsmith.rollout.layers import PlainOps, logits, run
+from rewardsmith.rollout.model.architecture import describe
+from rewardsmith.rollout.model.layers import PlainOps, logits, run
+from rewardsmith.rollout.model.weights import Weights
 from rewardsmith.rollout.sampling import Support
-from rewardsmith.rollout.weights import Weights
-from rewardsmith.train import fast
-from rewardsmith.train.backward import BaseOps
 from rewardsmith.train.batch import Example, Gradient, has_gradient, token_batch
+from rewardsmith.train.fast import gradient as fast
+from rewardsmith.train.fast.backward import BaseOps
+from rewardsmith.train.fast.memory import Budget
 from rewardsmith.train.lora import POLICY, attach
 from rewardsmith.train.losses import LossSettings, token_losses
-from rewardsmith.train.memory import Budget
 
 VOCAB, TEMPERATURE = len(WORDS), 0.9
 # The first prompt comes twice; one-token completions, groups of one, prompts of one token.

@@ -14,7 +14,7 @@ from scripted_server import TOKEN, ScriptedServer
 
 from rewardsmith.config import GRPOConfig
 from rewardsmith.jobs.entry import run_job
-from rewardsmith.train.ranks import Ranks
+from rewardsmith.train.parallel.ranks import Ranks
 from rewardsmith.wire import JobSpec, ResumePoint, Revision, RevisionFunction
 
 UUID = "0b7c7f0e-1111-4222-8333-444455556666"

@@ -14,7 +14,7 @@ from rewardsmith.errors import DeliveryError
 from rewardsmith.jobs.entry import run_job
 from rewardsmith.train import learner
 from rewardsmith.train.agreement import LIMITS, Mismatch
-from rewardsmith.train.ranks import Ranks
+from rewardsmith.train.parallel.ranks import Ranks
 
 
 class FaultyRanks(Ranks):

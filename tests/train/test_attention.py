@@ -7,11 +7,11 @@ import torch
 from reference_attention import reference_attend
 from tiny_models import random_model
 
-from rewardsmith.rollout.architecture import Architecture, LayerKind, Rope, describe
-from rewardsmith.train import attention
-from rewardsmith.train.attention import PackedAttention
+from rewardsmith.rollout.model.architecture import Architecture, LayerKind, Rope, describe
 from rewardsmith.train.batch import Example
-from rewardsmith.train.packed import Pack, pack
+from rewardsmith.train.fast import attention
+from rewardsmith.train.fast.attention import PackedAttention
+from rewardsmith.train.fast.packed import Pack, pack
 
 # (prompt, completions): a long group, one-token completions, a group of one, a prompt of one token.
 GROUPS = (([1, 2, 3, 4, 5], (9, 30, 1, 4, 4)), ([6], (2, 1)), ([7, 8], (12,)), ([9, 9, 9], (1,)))

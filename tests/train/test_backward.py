@@ -7,11 +7,11 @@ import torch
 from fused_models import batch, policy
 from tiny_models import ALL_FAMILIES
 
-from rewardsmith.rollout.layers import PlainOps, run
-from rewardsmith.train.attention import PackedAttention
-from rewardsmith.train.backward import AdapterGradient, BaseOps, TrainedOps
-from rewardsmith.train.memory import bytes_per_row
-from rewardsmith.train.packed import pack
+from rewardsmith.rollout.model.layers import PlainOps, run
+from rewardsmith.train.fast.attention import PackedAttention
+from rewardsmith.train.fast.backward import AdapterGradient, BaseOps, TrainedOps
+from rewardsmith.train.fast.memory import bytes_per_row
+from rewardsmith.train.fast.packed import pack
 
 
 def rows(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -13,18 +13,19 @@ from transformers import Qwen2Config
 
 from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import ModelError
-from rewardsmith.rollout.architecture import describe
-from rewardsmith.rollout.cache import PAGE, Cache
+from rewardsmith.rollout.fast.cache import PAGE, Cache
+from rewardsmith.rollout.model.architecture import describe
+from rewardsmith.rollout.model.weights import Weights
 from rewardsmith.rollout.sampling import completion_seed
-from rewardsmith.rollout.weights import Weights
-from rewardsmith.train import calibration, lora
+from rewardsmith.train import lora
 from rewardsmith.train.batch import Example
-from rewardsmith.train.calibration import Load, Measured, Parts, endless_tokenizer, shallow_model
-from rewardsmith.train.estimate import estimate
-from rewardsmith.train.footprint import lay_out, need
+from rewardsmith.train.estimate import calibration
+from rewardsmith.train.estimate.calibration import Load, Measured, Parts, endless_tokenizer, shallow_model
+from rewardsmith.train.estimate.estimate import estimate
+from rewardsmith.train.estimate.footprint import lay_out, need
+from rewardsmith.train.fast.memory import bytes_per_row
 from rewardsmith.train.learner import Learner
-from rewardsmith.train.memory import bytes_per_row
-from rewardsmith.train.ranks import Ranks
+from rewardsmith.train.parallel.ranks import Ranks
 
 CPU = torch.device("cpu")
 SIZES = {

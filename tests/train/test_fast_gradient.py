@@ -21,11 +21,12 @@ from fused_models import (
 from job_runs import config
 from tiny_models import ALL_FAMILIES, FAMILIES
 
-from rewardsmith.train import attention, fast, head
+from rewardsmith.train.fast import attention, head
+from rewardsmith.train.fast import gradient as fast
+from rewardsmith.train.fast.memory import Budget
 from rewardsmith.train.grpo import Loss
 from rewardsmith.train.lora import POLICY, parameters
 from rewardsmith.train.losses import LossSettings
-from rewardsmith.train.memory import Budget
 from rewardsmith.train.plain import PlainPath
 
 LOSSES = get_args(Loss)
@@ -267,6 +268,6 @@ def test_a_rank_needs_neither_transformers_nor_peft():
     code = (
         "import sys\n"
         "for name in ('transformers', 'peft'): sys.modules[name] = None\n"
-        "from rewardsmith.train import packed, attention, backward, head, memory, recompute\n"
+        "from rewardsmith.train.fast import packed, attention, backward, head, memory, recompute\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

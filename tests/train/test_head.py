@@ -8,11 +8,11 @@ from fused_models import VOCAB, batch, old_logps, policy
 from tiny_models import PADDED_VOCAB
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rewardsmith.train import head as head_module
 from rewardsmith.train.batch import token_batch
-from rewardsmith.train.head import Head
+from rewardsmith.train.fast import head as head_module
+from rewardsmith.train.fast.head import Head
+from rewardsmith.train.fast.packed import pack
 from rewardsmith.train.losses import LossSettings, token_losses
-from rewardsmith.train.packed import pack
 
 
 def obvious(weights, h_PH, made, temperature, vocab, cap):

@@ -10,10 +10,10 @@ import torch
 from fused_models import batch, fast_gradient, policy, relative_difference
 
 from rewardsmith.errors import ModelError
-from rewardsmith.rollout.weights import Weights
-from rewardsmith.train import memory
+from rewardsmith.rollout.model.weights import Weights
+from rewardsmith.train.fast import memory
+from rewardsmith.train.fast.memory import Budget, bytes_per_row, out_of_memory
 from rewardsmith.train.losses import LossSettings
-from rewardsmith.train.memory import Budget, bytes_per_row, out_of_memory
 
 TESTS = Path(__file__).parents[1]
 
@@ -105,7 +105,7 @@ sys.path[:0] = [{tests!r}, {tests!r} + "/train"]
 import torch
 from fused_models import batch, fast_gradient, policy
 from rewardsmith.train.losses import LossSettings
-from rewardsmith.train.memory import Budget
+from rewardsmith.train.fast.memory import Budget
 import tiny_models
 tiny_models.ODDITIES["qwen2"] |= dict(
     hidden_size=256, intermediate_size=1024, num_hidden_layers=4, max_position_embeddings=4096

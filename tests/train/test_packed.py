@@ -5,7 +5,7 @@ import torch
 
 from rewardsmith.rollout.sampling import Support
 from rewardsmith.train.batch import Example
-from rewardsmith.train.packed import Segment, length, pack, split
+from rewardsmith.train.fast.packed import Segment, length, pack, split
 
 
 def example(prompt: list[int], completion: list[int], support: Support | None = None) -> Example:

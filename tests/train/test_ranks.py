@@ -19,7 +19,7 @@ from rewardsmith.rollout.adapter import adapter_tensors
 from rewardsmith.train.batch import Example
 from rewardsmith.train.learner import Learner
 from rewardsmith.train.lora import POLICY, named_parameters
-from rewardsmith.train.ranks import Ranks
+from rewardsmith.train.parallel.ranks import Ranks
 
 PROMPTS = [[5, 6, 7], [9], [12, 3, 3, 8, 20], [5, 6, 7]]
 COUNT = 5
@@ -145,7 +145,7 @@ def test_what_fails_in_a_rank_reaches_the_job():
 
 ORPHAN = """
 import sys, time
-from rewardsmith.train.ranks import Ranks
+from rewardsmith.train.parallel.ranks import Ranks
 with Ranks(2) as ranks:
     print(*[worker._process.pid for worker in ranks._workers], flush=True)
     time.sleep(60)

@@ -2,7 +2,7 @@
 
 import random
 
-from rewardsmith.train.shares import Slice, shares
+from rewardsmith.train.parallel.shares import Slice, shares
 
 
 def test_whole_groups_where_that_is_even():

@@ -26,7 +26,7 @@ from rewardsmith.errors import ConfigError, ModelError
 from rewardsmith.quantities import duration, figure, size
 
 if TYPE_CHECKING:
-    from rewardsmith.train.estimate import Estimate
+    from rewardsmith.train.estimate.estimate import Estimate
 
 BAR_WIDTH = 24
 LABEL_WIDTH = 20
@@ -63,7 +63,7 @@ def estimate(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     warnings.simplefilter("ignore")
     with server_part():
-        from rewardsmith.train import estimate as estimating
+        from rewardsmith.train.estimate import estimate as estimating
 
     try:
         found = estimating.estimate(source, wanted, prompt_tokens, completion_tokens)

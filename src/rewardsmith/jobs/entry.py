@@ -19,7 +19,7 @@ from rewardsmith.wire import Finish, JobSpec
 
 if TYPE_CHECKING:
     from rewardsmith.train.journal import Journal
-    from rewardsmith.train.ranks import Ranks
+    from rewardsmith.train.parallel.ranks import Ranks
 
 log = logging.getLogger("rewardsmith.job")
 
@@ -34,7 +34,7 @@ def main() -> int:
     _set_threads()
     ticket = json.loads(sys.stdin.readline())
     # After _set_threads: torch reads the environment when it is imported. Ranks start while this process is one thread.
-    from rewardsmith.train.ranks import Ranks
+    from rewardsmith.train.parallel.ranks import Ranks
 
     with Ranks.of_this_machine() as ranks:
         return run_job(ticket, asked_to_yield, ranks)

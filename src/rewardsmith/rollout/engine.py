@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from torch import Tensor
 
 from rewardsmith.errors import ModelError
-from rewardsmith.rollout.architecture import base_of
+from rewardsmith.rollout.model.architecture import base_of
 from rewardsmith.rollout.sampling import Support
 
 if TYPE_CHECKING:

@@ -17,18 +17,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rewardsmith.config import GRPOConfig
 from rewardsmith.rollout.adapter import adapter_tensors
-from rewardsmith.rollout.architecture import Architecture, Unsupported, describe
 from rewardsmith.rollout.engine import Engine, context_of, stop_ids
 from rewardsmith.rollout.memory import free_bytes
+from rewardsmith.rollout.model.architecture import Architecture, Unsupported, describe
+from rewardsmith.rollout.model.weights import Weights
 from rewardsmith.rollout.plain import PlainEngine
-from rewardsmith.rollout.weights import Weights
 from rewardsmith.train import agreement, lora
 from rewardsmith.train.agreement import Mismatch
 from rewardsmith.train.batch import Example, Gradient
 from rewardsmith.train.losses import LossSettings
+from rewardsmith.train.parallel.rank import Sampling
+from rewardsmith.train.parallel.ranks import Ranks, available_cores
 from rewardsmith.train.plain import PlainPath
-from rewardsmith.train.rank import Sampling
-from rewardsmith.train.ranks import Ranks, available_cores
 from rewardsmith.train.update import GradientPath, Update, make_optimizer, update
 
 MERGED_SHARE = 0.5  # of the free memory that a merged copy of the weights may take

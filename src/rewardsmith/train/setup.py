@@ -31,7 +31,7 @@ from rewardsmith.train.journal import Journal
 from rewardsmith.train.learner import Learner
 from rewardsmith.train.losses import dead_settings
 from rewardsmith.train.model import load_base
-from rewardsmith.train.ranks import Ranks
+from rewardsmith.train.parallel.ranks import Ranks
 from rewardsmith.wire import JobSpec
 
 log = logging.getLogger("rewardsmith.train")

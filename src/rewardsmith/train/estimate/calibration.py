@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from rewardsmith.config import GRPOConfig
 from rewardsmith.train.batch import Example
 from rewardsmith.train.learner import Learner
-from rewardsmith.train.ranks import Ranks
+from rewardsmith.train.parallel.ranks import Ranks
 
 LAYERS = (1, 3)
 REPEATS = 2  # the faster one counts: other work on the machine only ever adds

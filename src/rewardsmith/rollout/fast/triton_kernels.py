@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rewardsmith.rollout.architecture import Architecture
-from rewardsmith.rollout.attention import Rotary, Rows, Tables, store_prompts
-from rewardsmith.rollout.cache import PAGE, Cache
-from rewardsmith.rollout.kernels import TorchKernels
+from rewardsmith.rollout.fast.attention import Rotary, Rows, Tables, store_prompts
+from rewardsmith.rollout.fast.cache import PAGE, Cache
+from rewardsmith.rollout.fast.kernels import TorchKernels
+from rewardsmith.rollout.model.architecture import Architecture
 
 
 class TritonKernels(TorchKernels):

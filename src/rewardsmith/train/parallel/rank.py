@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from rewardsmith.rollout.engine import Completion
-from rewardsmith.rollout.fast import FastEngine
+from rewardsmith.rollout.fast.engine import FastEngine
 from rewardsmith.rollout.memory import free_bytes
-from rewardsmith.rollout.weights import Weights
-from rewardsmith.train import fast
+from rewardsmith.rollout.model.weights import Weights
 from rewardsmith.train.batch import Example, Gradient
+from rewardsmith.train.fast import gradient as fast
+from rewardsmith.train.fast.memory import Budget
 from rewardsmith.train.losses import LossSettings
-from rewardsmith.train.memory import Budget
 
 if TYPE_CHECKING:
     from rewardsmith.config import SamplingParamsConfig

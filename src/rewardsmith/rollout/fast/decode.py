@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rewardsmith.rollout.attention import Rotary, Rows, Tables, causal_attention, store_prompts
-from rewardsmith.rollout.cache import PAGE, Cache
-from rewardsmith.rollout.graphs import Graphs
-from rewardsmith.rollout.kernels import Kernels
-from rewardsmith.rollout.layers import logits, run
-from rewardsmith.rollout.weights import Weights
+from rewardsmith.rollout.fast.attention import Rotary, Rows, Tables, causal_attention, store_prompts
+from rewardsmith.rollout.fast.cache import PAGE, Cache
+from rewardsmith.rollout.fast.graphs import Graphs
+from rewardsmith.rollout.fast.kernels import Kernels
+from rewardsmith.rollout.model.layers import logits, run
+from rewardsmith.rollout.model.weights import Weights
 
 
 @dataclass(eq=False)

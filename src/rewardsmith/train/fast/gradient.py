@@ -14,16 +14,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rewardsmith.rollout.layers import PlainOps, run
-from rewardsmith.rollout.weights import Weights
-from rewardsmith.train.attention import PackedAttention
-from rewardsmith.train.backward import AdapterGradient, BaseOps, TrainedOps
+from rewardsmith.rollout.model.layers import PlainOps, run
+from rewardsmith.rollout.model.weights import Weights
 from rewardsmith.train.batch import Example, Gradient, has_gradient, token_batch
-from rewardsmith.train.head import Head, PackLoss
+from rewardsmith.train.fast.attention import PackedAttention
+from rewardsmith.train.fast.backward import AdapterGradient, BaseOps, TrainedOps
+from rewardsmith.train.fast.head import Head, PackLoss
+from rewardsmith.train.fast.memory import Budget, out_of_memory
+from rewardsmith.train.fast.packed import length, pack, split
+from rewardsmith.train.fast.recompute import run_recomputing
 from rewardsmith.train.losses import LossSettings
-from rewardsmith.train.memory import Budget, out_of_memory
-from rewardsmith.train.packed import length, pack, split
-from rewardsmith.train.recompute import run_recomputing
 
 
 def gradient(

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import ModelError
-from rewardsmith.rollout.fast import SLOTS
-from rewardsmith.train.calibration import Load
-from rewardsmith.train.head import CHUNK_LOGITS
+from rewardsmith.rollout.fast.engine import SLOTS
+from rewardsmith.train.estimate.calibration import Load
+from rewardsmith.train.fast.head import CHUNK_LOGITS
+from rewardsmith.train.fast.memory import FEWEST_ROWS, ROWS, SHARE
 from rewardsmith.train.learner import MERGED_SHARE
 from rewardsmith.train.lora import LINEAR
-from rewardsmith.train.memory import FEWEST_ROWS, ROWS, SHARE
 
 WORKER_BYTES = 60 * 2**20  # what a forked worker comes to own of the interpreter and of torch
 ADAPTER_BYTES = 4  # PEFT keeps adapters in float32

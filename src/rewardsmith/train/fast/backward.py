@@ -18,8 +18,8 @@ from torch.autograd import Function
 from torch.nn.functional import gelu, linear, silu
 
 from rewardsmith.rollout.adapter import tensor_names
-from rewardsmith.rollout.layers import PlainOps
-from rewardsmith.rollout.weights import Projection, Weights
+from rewardsmith.rollout.model.layers import PlainOps
+from rewardsmith.rollout.model.weights import Projection, Weights
 
 aten = torch.ops.aten
 

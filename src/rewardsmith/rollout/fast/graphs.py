@@ -12,7 +12,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from rewardsmith.rollout.attention import Rows
+from rewardsmith.rollout.fast.attention import Rows
 
 
 def rounded_up(rows: int) -> int:

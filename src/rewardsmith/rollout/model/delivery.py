@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rewardsmith.rollout.projection import Part, Projection
+    from rewardsmith.rollout.model.projection import Part, Projection
 
 CHUNK = 2**18  # numbers that are copied at a time
 ODD = 6364136223846793005  # its powers look random (Knuth's multiplier for 64 bits)

@@ -13,7 +13,7 @@ import torch
 
 from rewardsmith.errors import ModelError
 from rewardsmith.rollout.memory import free_bytes
-from rewardsmith.rollout.weights import Weights
+from rewardsmith.rollout.model.weights import Weights
 
 ROWS = {"cpu": 2048, "cuda": 16384}  # more is not faster
 KEPT_BYTES = 2**28  # on a CPU, where from ENOUGH_ROWS on a model large enough to keep that much is as fast as can be

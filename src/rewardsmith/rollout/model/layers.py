@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 
-from rewardsmith.rollout.projection import Projection
-from rewardsmith.rollout.weights import Weights
+from rewardsmith.rollout.model.projection import Projection
+from rewardsmith.rollout.model.weights import Weights
 
 # (index of the layer, q_NHD, k_NKD, v_NKD) -> out_NHD: H query heads, K key and value heads of D numbers.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]

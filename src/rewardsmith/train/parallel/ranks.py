@@ -24,13 +24,13 @@ from torch import Tensor
 
 from rewardsmith.rollout.adapter import Fingerprint
 from rewardsmith.rollout.engine import Completion
-from rewardsmith.rollout.weights import Weights
-from rewardsmith.train import fast
+from rewardsmith.rollout.model.weights import Weights
 from rewardsmith.train.batch import Example, Gradient
+from rewardsmith.train.fast import gradient as fast
 from rewardsmith.train.losses import LossSettings
-from rewardsmith.train.rank import Rank, Sampling, new_rows
-from rewardsmith.train.shares import Slice, shares
-from rewardsmith.train.worker import Worker
+from rewardsmith.train.parallel.rank import Rank, Sampling, new_rows
+from rewardsmith.train.parallel.shares import Slice, shares
+from rewardsmith.train.parallel.worker import Worker
 
 if TYPE_CHECKING:
     from rewardsmith.config import SamplingParamsConfig

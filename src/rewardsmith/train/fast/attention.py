@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from rewardsmith.rollout.architecture import Architecture, Rope
-from rewardsmith.train.packed import Pack, Segment
+from rewardsmith.rollout.model.architecture import Architecture, Rope
+from rewardsmith.train.fast.packed import Pack, Segment
 
 # Scores of a tile: what stays in a core's own cache, and on a GPU what keeps it busy.
 TILE_NUMBERS = {"cpu": 2**18, "cuda": 2**26}

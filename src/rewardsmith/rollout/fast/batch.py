@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rewardsmith.rollout.attention import Rows, Tables
-from rewardsmith.rollout.cache import pages_for
-from rewardsmith.rollout.decode import Decoder, Prompt
 from rewardsmith.rollout.engine import Completion, Decode, check_logps, ends_in_stop, room_after, with_text
+from rewardsmith.rollout.fast.attention import Rows, Tables
+from rewardsmith.rollout.fast.cache import pages_for
+from rewardsmith.rollout.fast.decode import Decoder, Prompt
 from rewardsmith.rollout.memory import free_bytes
 from rewardsmith.rollout.sampling import Cut, Support, draw, log_probs, uniforms
 

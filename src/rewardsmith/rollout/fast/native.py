@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rewardsmith.rollout import compiler
-from rewardsmith.rollout.architecture import Architecture
-from rewardsmith.rollout.attention import Rotary, Rows, Tables
-from rewardsmith.rollout.cache import PAGE, Cache
-from rewardsmith.rollout.compiler import Unavailable
-from rewardsmith.rollout.layers import Ops
-from rewardsmith.rollout.projection import Projection
+from rewardsmith.rollout.fast import compiler
+from rewardsmith.rollout.fast.attention import Rotary, Rows, Tables
+from rewardsmith.rollout.fast.cache import PAGE, Cache
+from rewardsmith.rollout.fast.compiler import Unavailable
+from rewardsmith.rollout.model.architecture import Architecture
+from rewardsmith.rollout.model.layers import Ops
+from rewardsmith.rollout.model.projection import Projection
 
 __all__ = ["NativeKernels", "NativeOps", "Unavailable"]
 

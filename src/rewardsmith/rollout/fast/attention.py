@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rewardsmith.rollout.architecture import Architecture
-from rewardsmith.rollout.cache import PAGE, Cache
+from rewardsmith.rollout.fast.cache import PAGE, Cache
+from rewardsmith.rollout.model.architecture import Architecture
 
 _BLOCK = 512  # rows whose scores are in memory at once, where they have to be
 

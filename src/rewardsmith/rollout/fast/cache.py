@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rewardsmith.rollout.architecture import Architecture
+from rewardsmith.rollout.model.architecture import Architecture
 
 PAGE = 16  # tokens; kernels.c and the CUDA kernel have the same number
 

@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rewardsmith.rollout.architecture import Architecture
-from rewardsmith.rollout.attention import Rotary, Rows, Tables, decode_attention
-from rewardsmith.rollout.cache import Cache
-from rewardsmith.rollout.layers import Ops, PlainOps
+from rewardsmith.rollout.fast.attention import Rotary, Rows, Tables, decode_attention
+from rewardsmith.rollout.fast.cache import Cache
+from rewardsmith.rollout.model.architecture import Architecture
+from rewardsmith.rollout.model.layers import Ops, PlainOps
 from rewardsmith.rollout.sampling import Cut, draw, log_probs, uniforms
 
 
@@ -69,13 +69,13 @@ def choose(architecture: Architecture, like: Tensor) -> Kernels:
     """For weights of the type and on the device of `like`; compiles the native ones at first use."""
     if like.is_cuda:
         try:
-            from rewardsmith.rollout.triton_kernels import TritonKernels
+            from rewardsmith.rollout.fast.triton_kernels import TritonKernels
         except ImportError:
             return TorchKernels(architecture, "Triton is not installed")
         return TritonKernels(architecture)
     if like.device.type != "cpu" or like.dtype != torch.float32:
         return TorchKernels(architecture, f"weights are {str(like.dtype).removeprefix('torch.')} on {like.device}")
-    from rewardsmith.rollout.native import NativeKernels, Unavailable
+    from rewardsmith.rollout.fast.native import NativeKernels, Unavailable
 
     try:
         return NativeKernels(architecture)

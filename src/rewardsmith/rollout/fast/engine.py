@@ -14,11 +14,11 @@ from torch import Tensor
 
 from rewardsmith.errors import DeliveryError
 from rewardsmith.rollout.adapter import Fingerprint
-from rewardsmith.rollout.batch import Batch, Request
-from rewardsmith.rollout.decode import Decoder
 from rewardsmith.rollout.engine import Completion, decoder
-from rewardsmith.rollout.kernels import Kernels, choose
-from rewardsmith.rollout.weights import Weights
+from rewardsmith.rollout.fast.batch import Batch, Request
+from rewardsmith.rollout.fast.decode import Decoder
+from rewardsmith.rollout.fast.kernels import Kernels, choose
+from rewardsmith.rollout.model.weights import Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rewardsmith.rollout.layers import Attend, Ops, run
-from rewardsmith.rollout.weights import Weights
+from rewardsmith.rollout.model.layers import Attend, Ops, run
+from rewardsmith.rollout.model.weights import Weights
 
 NO_NORM = torch.empty(0)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rewardsmith.rollout import delivery
+from rewardsmith.rollout.model import delivery
 
 MERGED_AT_ONCE = 2**18  # numbers of the product that wait in a cache to be added
 

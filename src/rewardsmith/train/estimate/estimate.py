@@ -17,12 +17,12 @@ from transformers import AutoConfig, PretrainedConfig
 from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import ModelError
 from rewardsmith.quantities import size
-from rewardsmith.rollout.fast import SLOTS
+from rewardsmith.rollout.fast.engine import SLOTS
 from rewardsmith.rollout.memory import free_bytes
-from rewardsmith.train.calibration import LAYERS, Clock, Load, Measured, measure
-from rewardsmith.train.footprint import Memory, Shape, lay_out, need
+from rewardsmith.train.estimate.calibration import LAYERS, Clock, Load, Measured, measure
+from rewardsmith.train.estimate.footprint import Memory, Shape, lay_out, need
 from rewardsmith.train.forecast import peak_bytes
-from rewardsmith.train.ranks import SMALL_MODEL_BYTES, Ranks, available_cores
+from rewardsmith.train.parallel.ranks import SMALL_MODEL_BYTES, Ranks, available_cores
 
 DEFAULT_PROMPT_TOKENS = 256
 SHORTEST = 16  # tokens of a completion that is worth advising

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from rewardsmith.errors import DeliveryError, ModelError
-from rewardsmith.rollout import delivery
 from rewardsmith.rollout.adapter import PREFIX, low_rank_pairs, tensor_names
-from rewardsmith.rollout.architecture import LINEAR, Architecture, base_of, layer_modules
-from rewardsmith.rollout.projection import Part, Projection
+from rewardsmith.rollout.model import delivery
+from rewardsmith.rollout.model.architecture import LINEAR, Architecture, base_of, layer_modules
+from rewardsmith.rollout.model.projection import Part, Projection
 
 if TYPE_CHECKING:
     from peft import PeftModel

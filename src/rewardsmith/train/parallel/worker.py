@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from rewardsmith.errors import JobError, RewardsmithError
-from rewardsmith.train.rank import Rank
+from rewardsmith.train.parallel.rank import Rank
 
 ENDS_WITHIN = 5.0  # seconds a worker has to end by itself once its pipe is closed
 

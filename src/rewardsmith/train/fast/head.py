@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rewardsmith.rollout.layers import logits
-from rewardsmith.rollout.weights import Weights
+from rewardsmith.rollout.model.layers import logits
+from rewardsmith.rollout.model.weights import Weights
+from rewardsmith.train.fast.packed import Pack
 from rewardsmith.train.losses import LossSettings, TokenBatch, needs_whole_completions, token_losses
-from rewardsmith.train.packed import Pack
 
 # Logits of a chunk: what stays near a core, and on a GPU what keeps it busy; and rows enough to read the head for.
 CHUNK_LOGITS = {"cpu": 2**19, "cuda": 2**27}
