@@ -13,7 +13,7 @@ from rewardsmith.catalog import EMBEDDED
 from rewardsmith.demo import countdown
 
 SCRIPT = Path(__file__).parents[3] / "shared" / "acceptance" / "seed_job.py"
-STEPS = 14
+STEPS = 50
 
 
 @pytest.mark.slow

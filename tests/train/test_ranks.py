@@ -129,8 +129,7 @@ def test_closing_the_completions_early_leaves_the_ranks_usable():
 
 def test_a_rank_that_is_killed_is_an_error_that_says_so():
     with learner(1) as made:
-        (child,) = psutil.Process().children()
-        child.kill()
+        made.engine._workers[0]._process.kill()
         with pytest.raises(JobError, match=r"training rank 1 is gone \(it was killed, often for want of memory\)"):
             drawn(made)
 
