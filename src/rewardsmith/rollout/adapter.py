@@ -52,6 +52,17 @@ def low_rank_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Ten
     return pairs
 
 
+def take_over(mine: Mapping[str, Tensor], policy: Mapping[str, Tensor], version: int) -> None:
+    """Copies the policy's tensors into an engine's own. Raises DeliveryError when names or shapes differ."""
+    misfit = f"policy version {version} does not fit the engine's adapter"
+    if odd := sorted(mine.keys() ^ policy.keys()):
+        raise DeliveryError(f"{misfit}: {len(odd)} names differ, first {odd[0]}")
+    for name, tensor in mine.items():
+        if tensor.shape != policy[name].shape:
+            raise DeliveryError(f"{misfit}: {name} has another shape")
+        tensor.copy_(policy[name])
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """SHA-256 of each tensor over its dtype, shape and bytes, by name."""

@@ -14,8 +14,7 @@ from peft import PeftModel
 from torch import LongTensor, Tensor
 from transformers import DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
 
-from rewardsmith.errors import DeliveryError
-from rewardsmith.rollout.adapter import Fingerprint, adapter_tensors
+from rewardsmith.rollout.adapter import Fingerprint, adapter_tensors, take_over
 from rewardsmith.rollout.engine import (
     Completion,
     check_logps,
@@ -57,18 +56,7 @@ class PlainEngine:
         self.version = 0
 
     def load_adapter(self, tensors: Mapping[str, Tensor], version: int) -> None:
-        mine = adapter_tensors(self._model, self._adapter)
-        if mine.keys() != tensors.keys():
-            odd = sorted(mine.keys() ^ tensors.keys())
-            raise DeliveryError(
-                f"policy version {version} does not fit the engine's adapter: {len(odd)} names differ, first {odd[0]}"
-            )
-        for name, tensor in mine.items():
-            if tensor.shape != tensors[name].shape:
-                raise DeliveryError(
-                    f"policy version {version} does not fit the engine's adapter: {name} has another shape"
-                )
-            tensor.copy_(tensors[name])
+        take_over(adapter_tensors(self._model, self._adapter), tensors, version)
         self.version = version
 
     def fingerprint(self) -> Fingerprint:

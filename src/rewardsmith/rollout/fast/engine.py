@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rewardsmith.errors import DeliveryError
-from rewardsmith.rollout.adapter import Fingerprint
+from rewardsmith.rollout.adapter import Fingerprint, take_over
 from rewardsmith.rollout.engine import Completion, decoder
 from rewardsmith.rollout.fast.batch import Batch, Request
 from rewardsmith.rollout.fast.decode import Decoder
@@ -72,18 +71,7 @@ class FastEngine:
 
     def take_adapter(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Copies the tensors; for a caller that sees to `Weights.merge` itself."""
-        mine = self._weights.adapter()
-        if mine.keys() != tensors.keys():
-            odd = sorted(mine.keys() ^ tensors.keys())
-            raise DeliveryError(
-                f"policy version {version} does not fit the engine's adapter: {len(odd)} names differ, first {odd[0]}"
-            )
-        for name, tensor in mine.items():
-            if tensor.shape != tensors[name].shape:
-                raise DeliveryError(
-                    f"policy version {version} does not fit the engine's adapter: {name} has another shape"
-                )
-            tensor.copy_(tensors[name])
+        take_over(self._weights.adapter(), tensors, version)
         self._weights.version = version
 
     def fingerprint(self) -> Fingerprint:

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from rewardsmith.config import SamplingParamsConfig
 
 MAX_RANKS = 8
-# Base weights up to which one more rank is faster than one more thread: measured, docs/benchmarks.md.
+# Base weights up to which one more rank is taken to be faster than one more thread: it is with 126 MB, the limit itself
+# is a guess (docs/benchmarks.md).
 SMALL_MODEL_BYTES = 512 * 2**20
 
 

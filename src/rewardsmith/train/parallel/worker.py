@@ -95,7 +95,7 @@ class Worker:
         self._process.join(ENDS_WITHIN)
         code = self._process.exitcode
         cause = "it was killed, often for want of memory" if code == -signal.SIGKILL else f"exit status {code}"
-        return JobError(f"training rank {self.number} is gone ({cause}); the job goes on from its last checkpoint")
+        return JobError(f"training rank {self.number} is gone ({cause}); the job ends here, its checkpoints are kept")
 
 
 class _Canceled(Exception):
