@@ -149,13 +149,6 @@ class Weights:
         for projection in self.projections[shard::shards]:
             projection.merge()
 
-    def unmerge(self) -> None:
-        """Gives the merged copy up, for good: its memory is free, adapters are applied beside the base weights."""
-        for projection in self.projections:
-            projection.merged_OI = None
-            for part in projection.parts:
-                part.merged_from = None
-
     def verify(self, step: int) -> None:
         """One row of every linear layer, another one each step. Raises DeliveryError that names the layer and cause."""
         looks = []
