@@ -88,7 +88,7 @@ class Batch:
 
     def _clear(self) -> None:
         """As when nothing runs: keeps no memory."""
-        self._decoder.cache.clear()
+        self._decoder.clear()
         self._running: list[_Sequence] = []  # in the order of the rows
         self._rows: Rows | None = None
         self._free_slots = list(range(self._slots))[::-1]

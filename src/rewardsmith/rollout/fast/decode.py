@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rewardsmith.rollout.fast.attention import Rotary, Rows, Tables, causal_attention, store_prompts
+from rewardsmith.rollout.fast.blocked import Blocked
 from rewardsmith.rollout.fast.cache import PAGE, Cache
 from rewardsmith.rollout.fast.graphs import Graphs
 from rewardsmith.rollout.fast.kernels import Kernels
@@ -37,6 +38,13 @@ class Decoder:
         self.rotary = Rotary(weights.architecture, weights.embed_VH)
         self.cache = Cache(weights.architecture, weights.embed_VH)
         self._graphs = Graphs()
+        self.blocked = Blocked(weights, vocab)
+        kernels.ops.product = self.blocked.product
+
+    def clear(self) -> None:
+        """Gives all memory back, once no sequence is left."""
+        self.cache.clear()
+        self.blocked.drop()
 
     def read(self, prompts: Sequence[Prompt]) -> None:
         """Computes prompts in one forward; fills their pages and `hidden_H`."""
@@ -66,6 +74,7 @@ class Decoder:
 
     def step(self, rows: Rows, tables: Tables) -> Tensor:
         """Feeds each sequence its last token: hidden states, N x H. Positions must have been reserved in `rotary`."""
+        self.blocked.make(len(rows))
         if self.kernels.name != "triton" or not rows.slot_N.is_cuda:
             return self._step(rows, tables)
         memory = [self.cache.keys, self.cache.values, self.weights.layers[0].qkv.weight_OI]
@@ -80,4 +89,4 @@ class Decoder:
         return run(self.weights, rows.last_N, attend, self.kernels.ops)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        return logits(self.weights, hidden_NH, self.vocab)
+        return logits(self.weights, hidden_NH, self.vocab, self.blocked.product)

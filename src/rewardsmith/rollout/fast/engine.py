@@ -52,8 +52,9 @@ class FastEngine:
         self.vocab = vocab
         self._weights = weights
         self._between_tokens = between_tokens
+        self._decoder = Decoder(weights, kernels, vocab)
         self.batch = Batch(
-            Decoder(weights, kernels, vocab),
+            self._decoder,
             stop_ids=stop_ids,
             slots=slots,
             cache_bytes=cache_bytes,
@@ -72,6 +73,7 @@ class FastEngine:
     def take_adapter(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Copies the tensors; for a caller that sees to `Weights.merge` itself."""
         take_over(self._weights.adapter(), tensors, version)
+        self._decoder.blocked.drop()
         self._weights.version = version
 
     def fingerprint(self) -> Fingerprint:

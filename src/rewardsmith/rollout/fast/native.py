@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from rewardsmith.rollout.fast import compiler
 from rewardsmith.rollout.fast.attention import Rotary, Rows, Tables
 from rewardsmith.rollout.fast.cache import PAGE, Cache
 from rewardsmith.rollout.fast.compiler import Unavailable
 from rewardsmith.rollout.model.architecture import Architecture
-from rewardsmith.rollout.model.layers import Ops
+from rewardsmith.rollout.model.layers import Ops, Product
 from rewardsmith.rollout.model.projection import Projection
 
 __all__ = ["NativeKernels", "NativeOps", "Unavailable"]
@@ -64,6 +65,7 @@ class NativeOps:
 
     def __init__(self) -> None:
         self._library = _library()
+        self.product: Product = linear
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Rows x width, or rows x heads x width where heads stand side by side."""
@@ -76,8 +78,7 @@ class NativeOps:
         return out
 
     def linear(self, x: Tensor, projection: Projection) -> Tensor:
-        weight_IO = projection.weight_OI.T
-        y = torch.mm(x, weight_IO) if projection.bias_O is None else torch.addmm(projection.bias_O, x, weight_IO)
+        y = self.product(x, projection.weight_OI, projection.bias_O)
         return y if projection.merged else projection.add_low_rank(x, y)
 
     def gate(self, gate_up: Tensor, kind: str) -> Tensor:

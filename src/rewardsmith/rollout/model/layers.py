@@ -21,7 +21,16 @@ from rewardsmith.rollout.model.weights import Weights
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
+class Product(Protocol):
+    def __call__(self, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """x W^T + b, N x O."""
+
+
 class Ops(Protocol):
+    """`product` is how `linear` multiplies, for others to replace."""
+
+    product: Product
+
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Root-mean-square norm over the last dimension, computed in float32 at least.
 
@@ -41,13 +50,16 @@ class Ops(Protocol):
 class PlainOps:
     """For inference: no gradient."""
 
+    def __init__(self) -> None:
+        self.product: Product = linear
+
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
         return (wide.to(weight.dtype) * weight).to(x.dtype)
 
     def linear(self, x: Tensor, projection: Projection) -> Tensor:
-        y = linear(x, projection.weight_OI, projection.bias_O)
+        y = self.product(x, projection.weight_OI, projection.bias_O)
         return y if projection.merged else projection.add_low_rank(x, y)
 
     def gate(self, gate_up: Tensor, kind: str) -> Tensor:
@@ -88,8 +100,8 @@ def run(weights: Weights, ids_N: Tensor, attend: Attend, ops: Ops, last_rows: Te
     return h
 
 
-def logits(weights: Weights, h_NH: Tensor, vocab: int) -> Tensor:
+def logits(weights: Weights, h_NH: Tensor, vocab: int, product: Product = linear) -> Tensor:
     """Over the first `vocab` ids; a model's ids beyond those of its tokenizer are padding."""
-    logits_NV = linear(h_NH, weights.head_VH[:vocab])
+    logits_NV = product(h_NH, weights.head_VH[:vocab])
     cap = weights.architecture.logit_softcap
     return logits_NV if cap is None else (logits_NV / cap).tanh() * cap

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import ModelError
+from rewardsmith.rollout.fast import blocked
 from rewardsmith.rollout.fast.engine import SLOTS
 from rewardsmith.train.estimate.calibration import Load
 from rewardsmith.train.fast.head import CHUNK_LOGITS
@@ -153,12 +154,16 @@ def need(
 
 
 def _generation(shape: Shape, load: Load, item: int, ranks: int, room: float, fast: bool) -> int:
-    """The cache of all that is sampled at a time, and the logits of its next token."""
+    """The cache of all that is sampled at a time, the logits of its next token, and each rank's blocked weights."""
     slots = min(load.completions, SLOTS * ranks) if fast else load.completions
     prompts = -(-slots // load.group) if fast else slots  # the plain engine has a copy for each completion
     one = item * shape.cache_numbers() * (load.prompt_tokens + load.longest)
     cache = item * shape.cache_numbers() * (prompts * load.prompt_tokens + slots * load.longest)
-    return int(max(one, min(cache, room))) + 4 * slots * shape.vocab * 4
+    copies = ranks * item * (shape.linear + shape.hidden * shape.vocab)
+    large = item * shape.linear >= blocked.LEAST_BYTES * shape.layers
+    if not (fast and item > 2 and large and slots >= blocked.FEWEST_ROWS * ranks and copies <= blocked.SHARE * room):
+        copies = 0
+    return int(max(one, min(cache, room))) + 4 * slots * shape.vocab * 4 + copies
 
 
 def _update(shape: Shape, load: Load, item: int, ranks: int, room: float, fast: bool) -> tuple[int, int]:
