@@ -13,15 +13,21 @@ from torch import Tensor
 from rewardsmith.rollout.fast.attention import Rotary, Rows, Tables, decode_attention
 from rewardsmith.rollout.fast.cache import Cache
 from rewardsmith.rollout.model.architecture import Architecture
-from rewardsmith.rollout.model.layers import Ops, PlainOps
+from rewardsmith.rollout.model.layers import Ops, PlainOps, Product
 from rewardsmith.rollout.sampling import Cut, draw, log_probs, uniforms
+
+
+class DecodeOps(Ops, Protocol):
+    """`product` is how `linear` multiplies, for the decoder to replace."""
+
+    product: Product
 
 
 class Kernels(Protocol):
     """`name` is "native", "triton", or "torch: " and why."""
 
     name: str
-    ops: Ops
+    ops: DecodeOps
 
     def attend(
         self,
@@ -43,7 +49,7 @@ class Kernels(Protocol):
 class TorchKernels:
     def __init__(self, architecture: Architecture, reason: str = "asked for") -> None:
         self.name = f"torch: {reason}"
-        self.ops: Ops = PlainOps()
+        self.ops: DecodeOps = PlainOps()
         self._architecture = architecture
 
     def attend(

@@ -9,6 +9,7 @@ import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,8 +20,11 @@ from rewardsmith.rollout.fast.attention import Rotary, Rows, Tables
 from rewardsmith.rollout.fast.cache import PAGE, Cache
 from rewardsmith.rollout.fast.compiler import Unavailable
 from rewardsmith.rollout.model.architecture import Architecture
-from rewardsmith.rollout.model.layers import Ops, Product
+from rewardsmith.rollout.model.layers import Product
 from rewardsmith.rollout.model.projection import Projection
+
+if TYPE_CHECKING:
+    from rewardsmith.rollout.fast.kernels import DecodeOps
 
 __all__ = ["NativeKernels", "NativeOps", "Unavailable"]
 
@@ -103,7 +107,7 @@ class NativeKernels:
     name = "native"
 
     def __init__(self, architecture: Architecture) -> None:
-        self.ops: Ops = NativeOps()
+        self.ops: DecodeOps = NativeOps()
         self._library = _library()
         self._architecture = architecture
         self._scratch = torch.empty(_SCRATCH)

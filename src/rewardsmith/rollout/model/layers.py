@@ -22,15 +22,11 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Product(Protocol):
-    def __call__(self, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    def __call__(self, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, /) -> Tensor:
         """x W^T + b, N x O."""
 
 
 class Ops(Protocol):
-    """`product` is how `linear` multiplies, for others to replace."""
-
-    product: Product
-
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """Root-mean-square norm over the last dimension, computed in float32 at least.
 
@@ -48,7 +44,7 @@ class Ops(Protocol):
 
 
 class PlainOps:
-    """For inference: no gradient."""
+    """For inference: no gradient. `product` is how `linear` multiplies."""
 
     def __init__(self) -> None:
         self.product: Product = linear
