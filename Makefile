@@ -2,6 +2,7 @@
 #   make demo            train the embedded Countdown model, live, then serve until Ctrl-C
 #   make demo ARGS="--exit --json demo.json"
 #   make test            check, then every test this machine can run
+#   make test-triton     the CUDA kernel under Triton's interpreter, without a GPU; installs Triton (1 GB)
 #   make check           format, lint, types, layering
 #   make format          apply the formatter and the safe lint fixes
 #   make bench           the short set of benchmarks (the machine should have nothing else to do); JSON in build/bench
@@ -10,7 +11,7 @@ BIN := .venv/bin
 # Two spinning OpenMP threads on a busy machine are many times slower than two that sleep while they wait.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test check format bench install clean
+.PHONY: demo test test-triton check format bench install clean
 
 install:
 	@scripts/install
@@ -26,6 +27,13 @@ check: install
 
 test: check
 	$(BIN)/pytest $(ARGS)
+
+# Not in constraints.txt: torch's CUDA build brings a version of its own.
+TRITON := triton==3.9.0
+
+test-triton: install
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check $(TRITON)
+	$(BIN)/pytest tests/rollout/test_triton_kernels.py
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -89,7 +89,6 @@ def predict(name: str, tokens: int, one_thread: bool) -> dict[str, Any]:
     from rewardsmith.train.estimate.estimate import estimate
     from rewardsmith.train.parallel.ranks import Ranks
 
-    _limit_threads(one_thread)
     config, prompts = _setting(name)
     with tempfile.TemporaryDirectory() as folder:
         if name == COUNTDOWN:
@@ -121,7 +120,6 @@ def measure(name: str, _: int, one_thread: bool) -> dict[str, Any]:
     from rewardsmith.train.learner import Learner
     from rewardsmith.train.parallel.ranks import Ranks
 
-    _limit_threads(one_thread)
     clock = time.process_time if one_thread else time.perf_counter
     config, prompts = _setting(name)
     with Ranks() if one_thread else Ranks.of_this_machine() as ranks:
@@ -187,20 +185,6 @@ def _model(name: str) -> tuple[Any, Any]:
     from cases import CASES, make_model, make_tokenizer
 
     return make_model(CASES[name]), make_tokenizer(CASES[name])
-
-
-def _limit_threads(one_thread: bool) -> None:
-    if not one_thread:
-        return
-    import torch
-
-    from rewardsmith.train import learner
-    from rewardsmith.train.estimate import estimate
-    from rewardsmith.train.parallel import ranks
-
-    torch.set_num_threads(1)
-    # The learner would take all cores.
-    estimate.available_cores = ranks.available_cores = learner.available_cores = lambda: 1
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappush, heapreplace
 
 from cases import Case
+
+from rewardsmith.rollout.fast.engine import SLOTS
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def attention_flops(case: Case, pairs: float) -> float:
 
 
 def rollout(case: Case, prompts: Sequence[int], groups: Sequence[Sequence[int]]) -> Work:
-    """Lengths of the prompts, and of the completions of each. All decode together, as long as any is unfinished."""
+    """Lengths of the prompts, and of the completions of each. As many decode together as our engine lets run."""
     linear, head = linear_parameters(case), case.vocab * case.hidden
     size = 2 if case.device == "cuda" else 4
     kv_bytes = 2 * case.layers * case.kv_heads * (case.hidden // case.heads) * size
@@ -51,8 +54,19 @@ def rollout(case: Case, prompts: Sequence[int], groups: Sequence[Sequence[int]])
     decoded = sum(lengths) - len(lengths)  # the first token of each comes from the prompt
     flops = 2.0 * linear * (sum(prompts) + decoded) + 2.0 * head * (len(prompts) + decoded)
     flops += attention_flops(case, sum(p * (p + 1) / 2 for p in prompts) + sum(contexts))
-    steps = max(lengths)
-    return Work(flops, steps * (linear + head) * size + sum(contexts) * kv_bytes)
+    weights = decode_steps(lengths, SLOTS[case.device]) * (linear + head) * size
+    return Work(flops, weights + sum(contexts) * kv_bytes)
+
+
+def decode_steps(lengths: Sequence[int], slots: int) -> int:
+    """Times that the weights are read, with `slots` sequences at once, the next one starting where one ends."""
+    ends: list[int] = []
+    for length in lengths:
+        if len(ends) < slots:
+            heappush(ends, length)
+        else:
+            heapreplace(ends, ends[0] + length)
+    return max(ends)
 
 
 def update(case: Case, prompts: Sequence[int], groups: Sequence[Sequence[int]]) -> Work:

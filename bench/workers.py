@@ -67,13 +67,12 @@ def cuda_peak() -> int:
 @dataclass
 class Reading:
     """One answer with what the machine did meanwhile. CPU seconds are of the side's whole process tree; `others` is
-    what all other processes used, in cores, and `stolen` what the hypervisor gave to other guests."""
+    what all other processes used, in cores."""
 
     answer: dict[str, Any]
     wall: float
     cpu: float
     others: float
-    stolen: float
 
 
 class Worker:
@@ -166,13 +165,12 @@ class Worker:
         return _merged(answers)
 
     def measure(self, do: str, **arguments: Any) -> Reading:
-        busy, stolen, cpu, started = *_kernel_seconds(), self.cpu_seconds(), time.perf_counter()
+        busy, cpu, started = _busy_seconds(), self.cpu_seconds(), time.perf_counter()
         answer = self.ask(do, **arguments)
         wall = time.perf_counter() - started
         cpu = self.cpu_seconds() - cpu
-        busy_now, stolen_now = _kernel_seconds()
-        others = max(0.0, busy_now - busy - cpu) / wall
-        return Reading(answer, wall, cpu, others, (stolen_now - stolen) / wall)
+        others = max(0.0, _busy_seconds() - busy - cpu) / wall
+        return Reading(answer, wall, cpu, others)
 
     def _answer(self, process: subprocess.Popen[str]) -> dict[str, Any]:
         assert process.stdout is not None
@@ -211,11 +209,11 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _kernel_seconds() -> tuple[float, float]:
-    """CPU seconds since boot that the kernel counts as busy, and as stolen."""
+def _busy_seconds() -> float:
+    """CPU seconds since boot that the kernel counts as used, on all cores."""
     times = psutil.cpu_times()
-    busy = times.user + times.nice + times.system + getattr(times, "irq", 0.0) + getattr(times, "softirq", 0.0)
-    return busy, getattr(times, "steal", 0.0)
+    extra = getattr(times, "irq", 0.0) + getattr(times, "softirq", 0.0)
+    return float(times.user + times.nice + times.system + extra)
 
 
 class MemoryPeak:

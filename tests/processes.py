@@ -54,11 +54,11 @@ def job_process(home: Path) -> psutil.Process | None:
 class Server:
     """`rewardsmith serve` as a process. Leaving the block ends it and everything it started."""
 
-    def __init__(self, home: Path, *, dispatcher: bool = True) -> None:
+    def __init__(self, home: Path, *options: str, dispatcher: bool = True) -> None:
         self.home = home
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._options = [] if dispatcher else ["--no-dispatcher"]
+        self._options = [*options, *([] if dispatcher else ["--no-dispatcher"])]
         self._process: subprocess.Popen | None = None
         self._dispatcher: subprocess.Popen | None = None
 

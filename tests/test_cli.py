@@ -95,7 +95,7 @@ def test_empty_lists_say_what_to_do_next(cli: Cli, tmp_path: Path):
 
 
 def test_every_command_explains_itself(cli: Cli):
-    groups = {None: 9, "datasets": 5, "repos": 4, "adapters": 10, "jobs": 12}
+    groups = {None: 14, "datasets": 5, "repos": 4, "adapters": 10, "jobs": 12, "revisions": 6}
     for group, commands in groups.items():
         text = cli(*filter(None, [group]), "--help").out
         lines = text.partition("Commands:\n")[2].splitlines()

@@ -226,8 +226,16 @@ CONFLICTS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
         "dual_clip=1.3 has to be above 1 . clip_high = 1.3",
         {"clip_high": 0.2},
     ),
-    ({"kl_in": "reward", "beta": 0}, "kl_in='reward' cannot act with beta=0: set beta above 0", {"beta": 0.01}),
-    ({"kl_in": "reward", "kl_estimator": "k3"}, "kl_estimator='k3' cannot act with kl_in", {"kl_estimator": "k1"}),
+    (
+        {"kl_in": "reward", "beta": 0, "advantage": "rloo"},
+        "kl_in='reward' cannot act with beta=0: set beta above 0",
+        {"beta": 0.01},
+    ),
+    (
+        {"kl_in": "reward", "advantage": "group_std"},
+        "kl_in='reward' would lose beta in the division",
+        {"advantage": "group_mean"},
+    ),
     (
         {"loss": "gspo", "sampler_correction": {"level": "token"}},
         "loss='gspo' has one ratio per completion: set sampler_correction.level='sequence'",

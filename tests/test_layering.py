@@ -12,7 +12,12 @@ HEAVY = {
 
 # module prefix -> (what it may import from the package, which third parties). The longest matching prefix decides.
 TABLE: dict[str, tuple[set[str], set[str]]] = {
-    "": ({"client", "config", "errors", "reward_config"}, set()),
+    "": ({"client", "config", "errors", "reward_config", "rehearsal"}, set()),
+    "machine": (set(), set()),
+    "rehearsal": (
+        {"catalog", "config", "errors", "reward_config", "rewards", "rollout", "store.dataset_file", "train", "wire"},
+        set(),
+    ),
     "home": (set(), set()),
     "errors": (set(), set()),
     "quantities": (set(), set()),
@@ -22,8 +27,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "catalog": ({"errors"}, set()),
     "wire": ({"errors", "wire"}, {"pydantic"}),
     "rewards.source": (set(), set()),
-    "rewards.worker": (set(), set()),
-    "rewards": ({"errors", "config", "wire", "rewards"}, set()),
+    "rewards.inside": ({"rewards.inside"}, set()),
+    "rewards.sandbox": ({"errors", "wire", "rewards.inside", "rewards.sandbox"}, set()),
+    "rewards": ({"errors", "config", "machine", "reward_config", "wire", "rewards"}, set()),
+    "rewards.packages": ({"errors", "rewards"}, {"packaging"}),
     "client": (
         {"errors", "config", "home", "catalog", "wire", "quantities", "rewards.source", "client"},
         {"httpx", "rich", "pydantic"},
@@ -32,19 +39,22 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
         {"errors", "config", "home", "wire", "store"},
         {"sqlalchemy", "alembic", "pyarrow", "duckdb", "obstore", "pydantic"},
     ),
-    "rollout": ({"errors", "config", "catalog", "rollout"}, {"torch", "transformers", "peft"}),
+    "rollout": ({"errors", "config", "catalog", "machine", "rollout"}, {"torch", "transformers", "peft"}),
     "train": (
-        {"errors", "config", "wire", "quantities", "rollout", "rewards", "train"},
+        {"errors", "config", "machine", "wire", "quantities", "reward_config", "rollout", "rewards", "train"},
         {"torch", "transformers", "peft", "safetensors", "numpy", "pyarrow", "obstore", "httpx"},
     ),
     "jobs": ({"errors", "config", "wire", "store", "jobs"}, {"psutil", "httpx"}),
-    "jobs.entry": ({"errors", "config", "wire", "train", "rollout", "rewards"}, {"torch"}),
+    "jobs.entry": ({"errors", "config", "machine", "wire", "train", "rollout", "rewards"}, {"torch"}),
     "server": (
         {"errors", "config", "reward_config", "home", "catalog", "wire", "store", "rewards", "jobs", "server"},
         {"fastapi", "starlette", "uvicorn", "pydantic", "websockets", "packaging"},
     ),
     "demo": ({"demo", "client", "config", "reward_config", "errors", "home", "wire"}, {"rich"}),
-    "doctor": ({"errors", "config", "home", "catalog", "client"}, {"rich", "psutil", "torch", "packaging"}),
+    "doctor": (
+        {"errors", "config", "home", "catalog", "client", "rewards.sandbox"},
+        {"rich", "psutil", "torch", "packaging"},
+    ),
     "__main__": ({"cli"}, set()),
     "cli": ({"*"}, {"typer", "rich"}),
 }

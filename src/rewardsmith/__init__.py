@@ -23,6 +23,7 @@ from rewardsmith.errors import (
     ServerError,
     ServerUnreachable,
 )
+from rewardsmith.rehearsal import test_rewards
 from rewardsmith.reward_config import RewardFunction, RewardFunctionsConfig, RewardFunctionsRuntimeConfig
 
 __version__ = "0.1.0"
@@ -48,4 +49,5 @@ __all__ = [
     "ServerError",
     "ServerUnreachable",
     "__version__",
+    "test_rewards",
 ]

@@ -7,6 +7,7 @@ combinations raise ConfigError when the object is built. Nothing here touches th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -14,6 +15,13 @@ from pydantic import Field, field_validator, model_validator
 
 from rewardsmith.reward_config import RewardFunctionsConfig
 from rewardsmith.section import Section
+
+# What the losses can be told to do, by name; the formulas are in `train.grpo` and `train.losses`.
+Loss = Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"]
+Advantage = Literal["group_std", "group_mean", "batch_std", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
+KLEstimator = Literal["k1", "k2", "k3"]
+Correction = Literal["none", "truncate", "mask"]
+Level = Literal["token", "sequence"]
 
 DEFAULT_TRAIN_STEPS = 1000
 INFINITE = float("inf")
@@ -26,6 +34,18 @@ CLIP_BOUNDS = dict.fromkeys(("grpo", "bnpo", "dr_grpo"), (0.2, 0.2)) | {
 }
 # What was chosen for a value of another field and is not inherited with a new one.
 CHOSEN_FOR = {"loss": {"clip_low", "clip_high", "dual_clip"}, "overlong": {"overlong_buffer"}}
+
+# Secrets become environment variables of the reward functions. A value that begins with STORED names a stored one.
+STORED = "secret:"
+LONGEST_SECRET = 65_536  # bytes
+MOST_SECRETS = 100
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
+_TAKEN = re.compile(r"(?i:REWARDSMITH_.*|LD_.*|PYTHON.*|PATH|HOME|TMPDIR|(http|https|all|no)_proxy)")
+
+
+def hidden_secret(name: str) -> str:
+    """What is shown in the place of a secret's value."""
+    return f"[secret {name}]"
 
 
 class SamplingParamsConfig(Section):
@@ -83,8 +103,8 @@ class SamplerCorrectionConfig(Section):
     precision it runs in. `level` is by default the token, with loss gspo the sequence; `low` is 0.5 for a mask, else 0.
     """
 
-    mode: Literal["none", "truncate", "mask"] | None = None
-    level: Literal["token", "sequence"] | None = None
+    mode: Correction | None = None
+    level: Level | None = None
     low: float | None = Field(default=None, ge=0, le=1)
     high: float = Field(default=2.0, ge=1)
 
@@ -99,6 +119,10 @@ class GRPOConfig(Section):
     Without `train_steps` and `epochs` a run has 1000 steps; with both, `train_steps` wins. `effective_batch_size`
     counts completions: a step takes `effective_batch_size / num_generations` prompts. The fields of the loss are
     explained in docs/losses.md.
+
+    `secrets` are environment variables that the reward functions of this job see, and nobody else: `{NAME: value}`,
+    `{NAME: "secret:KEY"}` for the value that is stored under KEY (`rs.secrets`), or `[KEY, ...]` for stored ones under
+    their own names. Values are kept encrypted and never shown: a config that comes back has `[secret NAME]` for them.
     """
 
     _MEANT: ClassVar[dict[str, str]] = {
@@ -137,19 +161,17 @@ class GRPOConfig(Section):
     num_generations: int = Field(default=16, ge=2, le=65_536)
     sampling_params: SamplingParamsConfig = Field(default_factory=SamplingParamsConfig)
     reward_fns: RewardFunctionsConfig = Field(default_factory=RewardFunctionsConfig, alias="rewardFns")
-    secrets: dict[str, str] = Field(default_factory=dict)
+    secrets: dict[str, str] = Field(default_factory=dict, max_length=MOST_SECRETS, repr=False)
 
     # Our own.
-    loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = "dapo"
-    advantage: Literal["group_std", "group_mean", "batch_std", "rloo", "reinforce_pp", "reinforce_pp_baseline"] = (
-        "group_std"
-    )
+    loss: Loss = "dapo"
+    advantage: Advantage = "group_std"
     updates_per_batch: int = Field(default=1, ge=1, le=16)
     clip_low: float | None = Field(default=None, gt=0, lt=1)
     clip_high: float | None = Field(default=None, gt=0)
     dual_clip: float | None = Field(default=None, gt=1)
     kl_in: Literal["loss", "reward"] = "loss"
-    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    kl_estimator: KLEstimator | None = None
     sampler_correction: SamplerCorrectionConfig = Field(default_factory=SamplerCorrectionConfig)
     overlong: Literal["keep", "filter", "punish"] = "keep"
     overlong_buffer: int | None = Field(default=None, ge=1, le=10_000_000)
@@ -167,7 +189,22 @@ class GRPOConfig(Section):
     @field_validator("secrets", mode="before")
     @classmethod
     def _secrets_are_text(cls, value: object) -> object:
+        if isinstance(value, (list, tuple)):
+            return {str(key): f"{STORED}{key}" for key in value}
         return {str(k): str(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+    @field_validator("secrets")
+    @classmethod
+    def _secrets_are_variables(cls, secrets: dict[str, str]) -> dict[str, str]:
+        """Errors name the variable and never its value."""
+        for name, value in secrets.items():
+            if not _VARIABLE.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of an environment variable: letters, digits and _ only")
+            if _TAKEN.fullmatch(name):
+                raise ValueError(f"{name} is set by the sandbox itself; give the secret another name")
+            if not value or "\0" in value or len(value.encode(errors="replace")) > LONGEST_SECRET:
+                raise ValueError(f"the value of {name} is empty, longer than {LONGEST_SECRET} bytes or has a NUL in it")
+        return secrets
 
     @model_validator(mode="before")
     @classmethod
@@ -208,8 +245,13 @@ class GRPOConfig(Section):
             yield "dual_clip", "updates_per_batch", "bounds a ratio that is 1 with updates_per_batch=1: leave it out"
         if self.kl_in == "reward" and self.beta == 0:
             yield "kl_in", "beta", "cannot act with beta=0: set beta above 0, or kl_in='loss'"
-        if self.kl_in == "reward" and self.kl_estimator not in (None, "k1"):
-            yield "kl_estimator", "kl_in", "cannot act with kl_in='reward': there it is 'k1'"
+        if self.kl_in == "reward" and self.advantage == "group_std":
+            # Where the rewards of a group agree, only the KL would be left, blown up to the size of any other signal.
+            yield (
+                "kl_in",
+                "advantage",
+                "would lose beta in the division by a group's spread: set advantage='group_mean'",
+            )
         if loss == "gspo" and self.sampler_correction.level == "token":
             yield "loss", "sampler_correction", "has one ratio per completion: set sampler_correction.level='sequence'"
         if self.overlong_buffer is not None and self.overlong != "punish":
@@ -222,6 +264,11 @@ class GRPOConfig(Section):
         """How far below and above 1 the ratio may act; infinite where there is no bound."""
         low, high = CLIP_BOUNDS[self.loss]
         return (low if self.clip_low is None else self.clip_low, high if self.clip_high is None else self.clip_high)
+
+    @property
+    def kl_estimate(self) -> KLEstimator:
+        """The estimator in force: by default k3 in the loss and k1 in the reward."""
+        return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k3")
 
     @property
     def overlong_tokens(self) -> int:

@@ -1,7 +1,7 @@
 """What this machine has for training, and what is missing: `rewardsmith doctor`.
 
 Every finding is looked at, not assumed: torch is imported in a process of its own, the server is asked, the home
-folder is tried. Nothing is changed or installed.
+folder is tried, a sandbox is attacked (or its last answer read from the cache). Nothing is installed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from rewardsmith import catalog
 from rewardsmith.client import Rewardsmith
 from rewardsmith.errors import ConfigError, RewardsmithError
 from rewardsmith.home import default_base_url, default_home, token_file
+from rewardsmith.rewards.sandbox import probe
+from rewardsmith.rewards.sandbox.tiers import Tier
 
 GIB = 2**30
 STYLES = {"ok": "green", "note": "yellow", "bad": "bold red"}
@@ -174,12 +176,13 @@ def _model() -> Finding:
 
 
 def _isolation() -> Finding:
-    return Finding(
-        "rewards",
-        "note",
-        "tier S0: separate processes that can be killed, with resource limits and an empty environment",
-        "No kernel sandbox: reward functions can read your files and use the network. Run only those you trust.",
-    )
+    """The one finding that is attacked to be known; `rewardsmith sandbox` says all of it."""
+    found = probe.report()
+    text = f"tier {found.tier}: {found.made_of}"
+    if Tier[found.tier] >= Tier.S2:
+        return Finding("rewards", "ok", text)
+    advice = next((f"{obstacle.reason}. {obstacle.remedy}" for obstacle in found.obstacles if obstacle.remedy), "")
+    return Finding("rewards", "note", text, f"It does not stop: {found.not_stopped}. {advice}".strip())
 
 
 def _home() -> Finding:

@@ -16,6 +16,8 @@
         ├── ModelError                  the base model or tokenizer cannot be loaded or used
         ├── DeliveryError               the engine does not run the adapter that was delivered to it
         ├── RewardPoolError             reward functions cannot be loaded or keep failing
+        │   └── PackageError            packages that they need cannot be installed
+        ├── SandboxError                reward functions cannot be isolated as well as they must be
         ├── ServerLost                  the server stayed away longer than the job waits
         ├── LeaseLost                   another attempt owns this job now; stop at once
         └── JobCanceled                 the user canceled the job; end it at once
@@ -117,6 +119,14 @@ class DeliveryError(JobError):
 
 class RewardPoolError(JobError):
     pass
+
+
+class PackageError(RewardPoolError):
+    pass
+
+
+class SandboxError(JobError):
+    status = 409
 
 
 class ServerLost(JobError):

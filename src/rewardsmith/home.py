@@ -12,7 +12,11 @@ DEFAULT_PORT = 8421
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """Where a server keeps its things and how it may be reached. `home` holds the database, artifacts and token."""
+    """Where a server keeps its things and how it may be reached. `home` holds the database, artifacts and token.
+
+    `private_endpoints`, `host:port` each, may be used by reward functions that ask for them although they are addresses
+    of this machine or of a private network.
+    """
 
     home: Path
     host: str = "127.0.0.1"
@@ -21,6 +25,7 @@ class ServerConfig:
     max_dataset_bytes: int = 100 * 2**20
     lease_seconds: float = 60.0
     max_attempts: int = 3
+    private_endpoints: tuple[str, ...] = ()
 
     @property
     def database_url(self) -> str:
@@ -33,6 +38,11 @@ class ServerConfig:
     @property
     def token_file(self) -> Path:
         return token_file(self.home)
+
+    @property
+    def key_file(self) -> Path:
+        """The key of the stored secrets; mode 0600. A backup of the database is of no use for them without it."""
+        return self.home / "secrets.key"
 
 
 def default_home() -> Path:

@@ -8,30 +8,38 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ipaddress
+import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rewardsmith.errors import ConfigError, RewardSourceError
 from rewardsmith.rewards import source as reward_source
 from rewardsmith.section import Section
 
 RESERVED_REWARD_NAMES = {"total_reward", "total_reward_std"}
+_HOST = re.compile(r"(?=.{1,253}\Z)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
 
 class RewardFunction(Section):
     """One reward function as it travels: its source text in base64, its weight, and what its failures count.
 
+    A `schedule`, `{step: weight}` with steps counted from 1, takes the place of a weight: in a straight line between
+    two of its steps, level before the first and after the last. Two steps side by side make a jump.
     `on_error` applies to not_a_number, exception, timeout, crash, out_of_memory and output_limit: "zero" scores 0,
     "exclude" leaves the completion out of its group, "fail" ends the job. `none="abstain"` lets a function
-    return None to say that it has no opinion.
+    return None to say that it has no opinion. `per="group"` marks a function `(prompt, completions, example)` that is
+    called once for each prompt, with all its completions, and returns a list with a number for each.
     """
 
     encoded_fn: str = Field(alias="encodedFn")
     weight: float = Field(default=1.0, allow_inf_nan=False)
+    schedule: dict[Annotated[int, Field(ge=1)], float] | None = Field(default=None, min_length=1, max_length=1000)
     on_error: Literal["zero", "exclude", "fail"] = "zero"
     none: Literal["error", "abstain"] = "error"
+    per: reward_source.Per = "completion"
 
     @field_validator("encoded_fn")
     @classmethod
@@ -42,10 +50,19 @@ class RewardFunction(Section):
             raise ValueError("encodedFn is not base64 of UTF-8 source text") from None
         return value
 
+    @model_validator(mode="after")
+    def _weighs_in_one_way(self) -> Self:
+        if self.schedule is not None and self.weight != 1.0:
+            raise ValueError(
+                f"RewardFunction.weight={self.weight:g} cannot act beside a schedule, which has the weight of every "
+                "step: leave one of them out"
+            )
+        return self
+
     @classmethod
     def from_source(cls, text: str, **settings: Any) -> Self:
         """From source text with one top-level function. Raises RewardSourceError with lines and fixes."""
-        problems = reward_source.check(text)
+        problems = reward_source.check(text, settings.get("per", "completion"))
         if problems:
             raise RewardSourceError("\n".join(str(problem) for problem in problems))
         return cls(encoded_fn=base64.b64encode(text.encode()).decode(), **settings)
@@ -54,7 +71,7 @@ class RewardFunction(Section):
     def from_callable(cls, function: Callable[..., Any], **settings: Any) -> Self:
         """From a plain function `(prompt, completion, example)`. Raises RewardSourceError with lines and fixes."""
         try:
-            text = reward_source.source_of(function)
+            text = reward_source.source_of(function, settings.get("per", "completion"))
         except reward_source.SourceError as error:
             raise RewardSourceError(str(error)) from None
         return cls.from_source(text, **settings)
@@ -66,13 +83,49 @@ class RewardFunction(Section):
     @property
     def function(self) -> Callable[..., Any]:
         """The function made again from its source. This runs the text: only for sources you trust."""
-        return reward_source.compile_function(self.source, "<reward function>")
+        return reward_source.compile_function(self.source, "<reward function>", self.per)
 
 
 class RewardFunctionsRuntimeConfig(Section):
-    """What the reward processes need: `packages` are pip requirement lines."""
+    """How the functions are run. `packages` are pip requirement lines; `call_seconds` is what one call may take.
+
+    `network` names the endpoints that functions may talk to, such as "api.example.com:443"; without any there is none.
+
+    `mode` says how long a process is used: "warm" for thousands of calls, "chunk" for 16, "call" for one; "auto" is
+    warm, but one process per call for functions that can run text of the model (exec, eval, subprocess and the like).
+    `concurrency` calls of an `async def` function run at a time in each process.
+    """
 
     packages: list[str] = Field(default_factory=list)
+    network: list[str] = Field(default_factory=list, max_length=100)
+    mode: Literal["auto", "warm", "chunk", "call"] = "auto"
+    call_seconds: float = Field(default=5.0, gt=0, le=300)
+    concurrency: int = Field(default=8, ge=1, le=256)
+
+    @field_validator("network")
+    @classmethod
+    def _are_endpoints(cls, value: list[str]) -> list[str]:
+        return list(dict.fromkeys(map(checked_endpoint, value)))
+
+
+def checked_endpoint(text: str) -> str:
+    """`host:port` in the one form in which endpoints are compared. Raises ValueError with what is wrong and the fix."""
+    host, _, port = text.strip().lower().rpartition(":")
+    host = host.removesuffix(".")
+    if "/" in text:
+        raise ValueError(f"{text!r} is a URL; write the host and the port alone, such as 'api.example.com:443'")
+    if "*" in text:
+        raise ValueError(f"{text!r} has a wildcard; every host is named by itself")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r} has no port; write host:port, such as 'api.example.com:443'")
+    if host.startswith("["):
+        try:
+            host = f"[{ipaddress.IPv6Address(host.strip('[]'))}]"
+        except ValueError:
+            raise ValueError(f"{text!r}: there is no IPv6 address in the brackets") from None
+    elif not _HOST.fullmatch(host):
+        raise ValueError(f"{text!r}: {host!r} is no name of a host; write one in ASCII, or an IPv6 address in brackets")
+    return f"{host}:{int(port)}"
 
 
 def _as_reward(name: object, value: object) -> RewardFunction:

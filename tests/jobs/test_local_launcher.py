@@ -143,6 +143,7 @@ def test_what_an_adopted_process_left_behind_is_cleared_up_while_its_status_is_u
 REWARDS = """
 import sys
 from rewardsmith.rewards.pool import Group, RewardPool
+from rewardsmith.rewards.sandbox.tiers import Tier
 from rewardsmith.wire import RevisionFunction
 source = '''def slow(prompt, completion, example):
     import subprocess, time
@@ -152,23 +153,22 @@ source = '''def slow(prompt, completion, example):
     time.sleep(600)
 '''
 if __name__ == "__main__":
-    with RewardPool([RevisionFunction(name="slow", source=source, source_sha256="")], workers=1) as pool:
+    with RewardPool([RevisionFunction(name="slow", source=source, source_sha256="")], workers=1, tier=Tier.S0) as pool:
         pool.score([Group("prompt", {"file": sys.argv[1]}, ["completion"])])
 """
 
 
-def test_stop_kills_what_reward_functions_started_when_the_job_was_killed(tmp_path: Path):
+def test_what_reward_functions_started_ends_when_the_job_is_killed(tmp_path: Path):
     file = tmp_path / "pid"
     here = LocalLauncher(tmp_path, [sys.executable, "-c", REWARDS, str(file)])
     handle = here.start(TICKET)
     child = int(wait_until(lambda: file.exists() and file.read_text().strip(), "the function runs", 30))
     os.kill(pid_of(handle), signal.SIGKILL)
     assert ended(here, handle) == -signal.SIGKILL
-    assert not gone(child)
+    wait_until(lambda: gone(child), "its sandbox ends with the job, and all that was started in it", 10)
     other = launcher(tmp_path, "import time; time.sleep(600)")
     sibling = other.start(replace(TICKET, attempt=3))
     here.stop(handle, 0)
-    wait_until(lambda: gone(child), "the child is gone", 10)
     assert other.alive(sibling), "a process of another attempt was killed"
     other.stop(sibling, 0)
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import reward_pools
+
+from rewardsmith.rewards.sandbox.tiers import Tier
 
 
 def _wait_until(happened: Callable[[], object], complaint: Callable[[], str] = lambda: "it did not happen") -> None:
@@ -21,6 +24,15 @@ def _wait_until(happened: Callable[[], object], complaint: Callable[[], str] = l
 @pytest.fixture
 def wait_until() -> Callable[[Callable[[], object]], None]:
     return _wait_until
+
+
+@pytest.fixture(params=reward_pools.TIERS)
+def every_tier(request: pytest.FixtureRequest) -> Tier:
+    """The test is run in each tier that this machine has."""
+    tier = reward_pools.choose(request.param)
+    if tier is None:
+        pytest.skip(f"this machine has no other tier to be {request.param}")
+    return tier
 
 
 @pytest.fixture(autouse=True)

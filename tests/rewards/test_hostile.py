@@ -5,14 +5,17 @@ The functions here travel as text like any other. They return the number in the 
 
 import sys
 import textwrap
+from collections.abc import Callable
 
 import pytest
+from reward_pools import leaves, named, pool
 
 from rewardsmith.rewards import source
 from rewardsmith.rewards.outcomes import Score
-from rewardsmith.rewards.pool import Group, RewardPool
-from rewardsmith.rewards.process import Limits
-from rewardsmith.wire import RevisionFunction
+from rewardsmith.rewards.pool import Group
+from rewardsmith.rewards.sandbox.limits import Limits
+
+pytestmark = pytest.mark.usefixtures("every_tier")
 
 LIMITS = Limits(call_seconds=0.25)
 COMPLETIONS = [*map(str, range(8)), "bad", *map(str, range(8, 16))]
@@ -27,9 +30,8 @@ def score_with_neighbours(body: str, limits: Limits = LIMITS) -> Score:
         "    return float(completion)\n"
     )
     assert source.check(text) == []
-    function = RevisionFunction(name="reward", source=text, source_sha256="")
-    with RewardPool([function], workers=1, limits=limits) as pool:
-        (scores,) = pool.score([Group("p", {}, COMPLETIONS)])
+    with pool([named("reward", text)], workers=1, limits=limits) as one:
+        (scores,) = one.score([Group("p", {}, COMPLETIONS)])
     found = {completion: score["reward"] for completion, score in zip(COMPLETIONS, scores, strict=True)}
     bad = found.pop("bad")
     assert {completion: (score.outcome, score.value) for completion, score in found.items()} == {
@@ -80,7 +82,7 @@ def test_exception(body: str, says: str) -> None:
     assert (bad.outcome, bad.value) == ("exception", 0.0)
     assert says in bad.error
     assert "<reward function reward>" in bad.error
-    assert "worker.py" not in bad.error
+    assert "inside/" not in bad.error
     assert len(bad.error) < 4300
 
 
@@ -154,7 +156,7 @@ def test_timeout_says_where(body: str) -> None:
     assert (bad.outcome, bad.value) == ("timeout", 0.0)
     assert bad.error.startswith("no result after 0.25 s")
     assert 'File "<reward function reward>", line' in bad.error
-    assert "worker.py" not in bad.error
+    assert "inside/" not in bad.error
 
 
 DEAF = {
@@ -324,6 +326,26 @@ def test_what_a_call_leaves_running_is_ended(body: str) -> None:
     assert "left a thread or a process running" in bad.prints
 
 
+def test_a_daemon_ends_with_the_executor_that_it_was_started_in(wait_until: Callable[..., None]) -> None:
+    text = """
+        def reward(prompt, completion, example):
+            import os, time
+            if os.fork() == 0:
+                try:
+                    os.setsid()
+                except OSError:
+                    pass
+                if os.fork() == 0:
+                    time.sleep(1e6)
+                os._exit(0)
+            os.wait()
+            return 1.0
+        """
+    with pool([named("reward", text)], workers=1, runtime={"mode": "warm"}) as one:
+        assert one.score([Group("p", {}, ["c"])])[0][0]["reward"].value == 1.0
+        wait_until(lambda: len(leaves()) <= 1)
+
+
 HARMLESS = {
     "fork that returns": "import os; os.fork(); return 1.0",
     "alarm left set": "import signal; signal.setitimer(signal.ITIMER_REAL, 0.01); return 1.0",
@@ -366,10 +388,9 @@ def test_many_bad_calls_among_several_workers() -> None:
                 time.sleep(1e6)
             return float(number)
         """)
-    function = RevisionFunction(name="reward", source=text, source_sha256="")
-    with RewardPool([function], workers=2, limits=Limits(call_seconds=0.2)) as pool:
+    with pool([named("reward", text)], workers=2, limits=Limits(call_seconds=0.2)) as two:
         groups = [Group("p", {}, [str(10 * g + c) for c in range(10)]) for g in range(10)]
-        scores = [completion["reward"] for group in pool.score(groups) for completion in group]
+        scores = [completion["reward"] for group in two.score(groups) for completion in group]
     expected = {3: "crash", 7: "timeout"}
     assert [score.outcome for score in scores] == [expected.get(number % 20, "ok") for number in range(100)]
     assert [score.value for score in scores if score.outcome == "ok"] == [

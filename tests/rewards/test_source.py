@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from rewardsmith.rewards import source, worker
+from rewardsmith.rewards import source
+from rewardsmith.rewards.inside import loading
 from rewardsmith.rewards.source import Problem, SourceError, check, compile_function, source_of
 
 LIMIT = 3
@@ -103,7 +104,7 @@ def test_classes_inside_a_function_travel() -> None:
         tags.feed(completion)
         return Weights().tag * tags.count + (__name__ == "")
 
-    assert worker.load_function(source_of(with_classes), "<f>")("", "<a><b>", {}) == 1.0
+    assert loading.load_function(source_of(with_classes), "<f>")("", "<a><b>", {}) == 1.0
 
 
 def refused(function: object) -> str:
@@ -235,14 +236,18 @@ REFUSED = {
     "four parameters": ("def f(a, b, c, d=1): return 1", [(1, "`f(a, b, c, d=1)` does not have", "")]),
     "star": ("def f(*a): return 1", [(1, "`f(*a)` does not have", "")]),
     "keywords": ("def f(a, b, c, **k): return 1", [(1, "`f(a, b, c, **k)`", "")]),
-    "keyword only": ("def f(a, b, c, *, d=1): return 1", [(1, "does not have", "")]),
+    "keyword only": ("def f(a, b, c, *, d): return 1", [(1, "does not have", "")]),
     "swapped": (
         "def f(completion, prompt, example): return 1",
         [(1, "`f(completion, prompt, example)` has its parameters in another order", "write `def f(prompt, compl")],
     ),
     "batches": ("def f(prompts, completions, answer): return 1", [(1, "one call scores one completion", "write `de")]),
     "batches and keywords": ("def f(completions, **kwargs): return 1", [(1, "one call scores one completion", "")]),
-    "async": ("async def f(a, b, c): return 1", [(1, "`f` is async", "write `def`")]),
+    "async generator": ("async def f(a, b, c):\n    yield 1", [(2, "generator", "use `return`")]),
+    "all completions of a prompt": (
+        "def f(prompt, completions, example): return [1]",
+        [(1, "takes all completions of a prompt", "per='group'")],
+    ),
     "generator": ("def f(a, b, c):\n    x = 1\n    yield x", [(3, "generator", "use `return`")]),
     "yield from": ("def f(a, b, c):\n    yield from b", [(2, "generator", "")]),
     "standard library": ("def f(a, b, c):\n    return re.x", [(2, "`re` is not defined", "write `import re` inside")]),
@@ -289,6 +294,7 @@ ACCEPTED = {
     "signature annotations": "def f(a: Prompt, /, b: 'x', c: dict[str, Any]) -> Reward: return 1",
     "names of one's own": "def f(question, completion, examples): return 1",
     "defaults": "def f(a='', b='', c=None): return 1",
+    "settings": "def f(a, b, c, *, d=1, e: Unknown = 2): return d + e",
     "docstring and comments": "# about it\n\ndef f(a, b, c):\n    '''Says.'''\n    return 1  # one\n\n# end\n",
     "one line": "def f(a, b, c): return 1",
     "static method": "@staticmethod\ndef f(a, b, c): return 1",
@@ -393,6 +399,28 @@ ACCEPTED = {
 }
 
 
+REFUSED_OF_A_GROUP = {
+    "one completion": ("def f(prompt, completion, example): return [1]", "takes one completion, but per='group'"),
+    "many prompts": ("def f(prompts, completions, example): return [1]", "takes whole batches"),
+    "two parameters": ("def f(prompt, completions): return [1]", "does not have exactly three parameters"),
+    "swapped": ("def f(completions, prompt, example): return [1]", "in another order"),
+}
+
+
+@pytest.mark.parametrize(("text", "says"), REFUSED_OF_A_GROUP.values(), ids=REFUSED_OF_A_GROUP)
+def test_signatures_of_functions_for_a_whole_group(text: str, says: str) -> None:
+    (problem,) = check(text, "group")
+    assert says in problem.message
+    assert "`def f(prompt, completions, example)`" in problem.fix
+
+
+def test_functions_for_a_whole_group_and_those_that_wait() -> None:
+    assert check("def f(prompt, completions, example): return [len(c) for c in completions]", "group") == []
+    assert check("def f(p, cs, e): return [1]", "group") == []
+    assert check("async def f(prompt, completion, example): return 1") == []
+    assert check("async def f(prompt, completions, example): return [1]", "group") == []
+
+
 @pytest.mark.parametrize("text", ACCEPTED.values(), ids=ACCEPTED)
 def test_no_false_alarm(text: str) -> None:
     if "def f(" not in text:
@@ -431,17 +459,17 @@ def test_every_function_has_its_own_namespace() -> None:
     assert [first("", "", {}), first("", "", {}), second("", "", {})] == [1, 2, 1]
 
 
-def test_the_worker_compiles_as_this_module_does() -> None:
+def test_the_sandbox_compiles_as_this_module_does() -> None:
     text = source_of(module_level)
-    here, there = compile_function(text, "<f>"), worker.load_function(text, "<f>")
+    here, there = compile_function(text, "<f>"), loading.load_function(text, "<f>")
     assert here.__code__ == there.__code__
     assert here.__annotations__ == there.__annotations__ == {}
 
 
 def test_only_the_standard_library_is_imported_by_what_runs_anywhere() -> None:
-    for module in (source, worker):
-        assert module.__file__
-        for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+    assert source.__file__ and loading.__file__
+    for path in [Path(source.__file__), *Path(loading.__file__).parent.glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert all(name.partition(".")[0] in sys.stdlib_module_names for name in names), names
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert all(name.partition(".")[0] in sys.stdlib_module_names for name in names), (path, names)

@@ -64,9 +64,29 @@ def test_few_rows_do_without(small_ones_too: None, made: list[int]):
 
 
 def test_no_copies_when_memory_is_short(small_ones_too: None, made: list[int], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(blocked, "free_bytes", lambda device: 1000)
-    generate(make_engine("native", adapted("llama")), PROMPTS, MANY, PARAMS)
+    asked: list[torch.device] = []
+    monkeypatch.setattr(blocked, "free_bytes", lambda device: asked.append(device) or 1000)
+    engine = make_engine("native", adapted("llama"))
+    generate(engine, PROMPTS, MANY, PARAMS)
     assert not any(made)
+    assert len(asked) == 1, "once a batch, not for every token"
+    monkeypatch.setattr(blocked, "free_bytes", lambda device: 10**9)
+    generate(engine, PROMPTS, MANY, PARAMS)
+    assert any(made), "the next batch may find more"
+
+
+@pytest.mark.parametrize(("short", "copies"), [(0, True), (1, False)])
+def test_copies_keep_to_a_given_limit_whatever_is_free(small_ones_too: None, made: list[int], short: int, copies: bool):
+    engine = make_engine("native", adapted("llama"))
+    wanted = sum(p.base_OI.nbytes for p in engine._weights.projections)
+    wanted += engine._weights.head_VH[: engine.vocab].nbytes
+    engine = make_engine("native", adapted("llama"), blocked_bytes=wanted - short)
+    generate(engine, PROMPTS, MANY, PARAMS)
+    assert any(made) == copies
+
+
+def test_processes_that_share_memory_share_the_limit():
+    assert [blocked.most_bytes(8000, processes) for processes in (1, 2, 8)] == [2000, 1000, 250]
 
 
 def test_a_delivery_in_the_middle_of_a_batch_takes_effect(small_ones_too: None):

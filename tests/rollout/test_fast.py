@@ -24,6 +24,7 @@ from tiny_models import ALL_FAMILIES, CONTEXT, random_model, tokenizer
 
 from rewardsmith.config import SamplingParamsConfig
 from rewardsmith.errors import ModelError
+from rewardsmith.rollout import sampling
 from rewardsmith.rollout.engine import with_text
 from rewardsmith.rollout.fast import batch as batching
 from rewardsmith.rollout.fast import graphs
@@ -160,6 +161,62 @@ def test_a_small_cache_is_waited_for(pages: int):
     assert ids(generate(small, PROMPTS, 4, PARAMS)) == expected
     # One sequence of the longest prompt runs in any case.
     assert max(held) <= max(pages, pages_for(18) + pages_for(24) + 1)
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """Memory runs out in the given call, from 1, of one of its methods."""
+    whole, calls = getattr(owner, name), []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(name)
+        if len(calls) == call:
+            raise MemoryError
+        return whole(*arguments)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize(("part", "call"), [("read", 1), ("read", 2), ("step", 3), ("logits", 1), ("logits", 4)])
+def test_a_step_that_fails_leaves_nothing_half_done(part: str, call: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batching, "PROMPT_TOKENS", 4)
+    model = adapted("qwen2")
+    expected = ids(generate(make_engine("native", model, slots=6), PROMPTS, 4, PARAMS))
+    engine = make_engine("native", model, slots=6)
+    batch = engine.batch
+    failing_once(monkeypatch, batch._decoder, part, call)
+    with pytest.raises(MemoryError):
+        generate(engine, PROMPTS, 4, PARAMS)
+    assert batch.idle and not batch._prompts and not batch._decoder.cache.pages
+    assert sorted(batch._free_slots) == list(range(6))
+    assert ids(generate(engine, PROMPTS, 4, PARAMS)) == expected
+
+
+def test_what_waits_outlives_a_step_that_fails(monkeypatch: pytest.MonkeyPatch):
+    """With its prompt, which was read for the one that was running."""
+    model = adapted("qwen2")
+    batch = new_batch(model, slots=1)
+    for key in ("running", "waiting"):
+        batch.submit(request(key, [5, 6, 7]))
+    batch.step()
+    failing_once(monkeypatch, batch._decoder, "step", 1)
+    with pytest.raises(MemoryError):
+        batch.step()
+    rest = dict(run_all(batch))
+    assert rest.keys() == {"waiting"}
+    assert largest_error(model, [5, 6, 7], rest["waiting"], 1.0) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["plain", "native"])
+def test_more_possible_ids_than_can_be_kept_are_refused(kind: str, monkeypatch: pytest.MonkeyPatch):
+    model = adapted("qwen2")
+    for most, cut in ((24 * 4, {"top_k": 4}), (24 * 4, {"top_k": 4, "top_p": 0.99})):
+        monkeypatch.setattr(sampling, "MOST_IDS", most)
+        generate(make_engine(kind, model), PROMPTS, 2, SamplingParamsConfig(max_tokens=24, **cut))
+    flat = SamplingParamsConfig(max_tokens=24, top_p=0.99, temperature=5.0)
+    engine = make_engine(kind, model)
+    with pytest.raises(ModelError, match=r"from more than 96 ids in all, .* Set sampling_params.top_k"):
+        generate(engine, PROMPTS, 2, flat)
+    assert len(generate(engine, PROMPTS, 2, PARAMS)) == len(PROMPTS)
 
 
 def test_groups_come_as_soon_as_they_are_finished_and_may_differ_in_size():

@@ -3,8 +3,11 @@ import math
 import pytest
 import torch
 
+from rewardsmith.errors import ModelError
+from rewardsmith.rollout import sampling
 from rewardsmith.rollout.sampling import (
     Cut,
+    GrowingSupport,
     Support,
     completion_seed,
     draw,
@@ -144,6 +147,16 @@ def test_supports_are_kept_token_by_token():
     assert kept.offsets.tolist() == [0, 2, 3, 6]
     assert [kept[i].tolist() for i in range(3)] == [[3, 1], [7], [2, 4, 0]]
     assert len(Support.of([])) == 0
+
+
+def test_a_support_grows_to_a_limit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sampling, "MOST_IDS", 5)
+    growing = GrowingSupport()
+    for ids in ([3, 1], [7], [2, 4]):
+        growing.add(torch.tensor(ids))
+    assert growing.whole().ids.tolist() == [3, 1, 7, 2, 4] and growing.whole().offsets.tolist() == [0, 2, 3, 5]
+    with pytest.raises(ModelError, match=r"the first 4 tokens .* more than 5 ids in all"):
+        growing.add(torch.tensor([6]))
 
 
 def test_a_cut_draw_follows_the_renormalised_distribution():

@@ -110,7 +110,12 @@ def running(home: Path, **settings: Any) -> Iterator[Running]:
     home.mkdir(parents=True, exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = ServerConfig(home=home, port=listener.getsockname()[1], **settings)
-        store = Store(config.database_url, config.artifacts_url, max_dataset_bytes=config.max_dataset_bytes)
+        store = Store(
+            config.database_url,
+            config.artifacts_url,
+            max_dataset_bytes=config.max_dataset_bytes,
+            key_file=config.key_file,
+        )
         store.registry.ensure_owner(TOKEN)
         app = create_app(config, store)
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=1))

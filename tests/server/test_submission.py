@@ -51,7 +51,7 @@ def test_a_run_without_a_length_has_the_documented_one(api: Running):
         ({"sampling_params": {"max_tokens": 4096}}, "max_tokens=4096 leaves no room for a prompt"),
         ({"sampling_params": {"max_tokens": 1024}}, "max_tokens=1024 leaves no room for a prompt"),
         ({"train_steps": 10**30}, "train_steps"),
-        ({"secrets": {"KEY": "v"}}, "secrets"),
+        ({"secrets": {"NO NAME": "v"}}, "secrets"),
         ({"rewardFns": None}, "reward_fns has no functions"),
         ({"rewardFns": {"functions": {}}}, "reward_fns has no functions"),
         ({"rewardFns": {"functions": {"a": {"encodedFn": "%%%"}}}}, "base64"),
@@ -76,15 +76,35 @@ def test_a_broken_reward_function_is_refused_with_its_line(api: Running):
     assert "'bad'" in text and "line 2" in text and "undefined_name" in text
 
 
-def test_packages_must_be_installed_where_the_server_runs(api: Running):
-    def using(package: str) -> dict[str, Any]:
-        return job_request(rewardFns=rewards(length=encoded(LENGTH)) | {"runtime": {"packages": [package]}})
+def using(source: str, **runtime: Any) -> dict[str, Any]:
+    return job_request(rewardFns=rewards(f=encoded(source)) | {"runtime": runtime})
 
-    assert "is not installed where the server runs" in refused(api, using("no-such-package-anywhere"))
-    assert "does not fit the installed version" in refused(api, using("pydantic<1"))
-    assert "no pip requirement" in refused(api, using("not a requirement"))
-    assert "is a URL" in refused(api, using("pydantic @ https://example.org/x.whl"))
-    assert api.submit(using("pydantic>=2")).status_code == 200
+
+def test_packages_are_named_and_nothing_else(api: Running):
+    for line, says in (
+        ("not a requirement", "no requirement line"),
+        ("pydantic @ https://example.org/x.whl", "is a URL"),
+        ("-r requirements.txt", "an option"),
+        ("./pydantic", "is a path"),
+    ):
+        text = refused(api, using(LENGTH, packages=["numpy", line]))
+        assert repr(line) in text and says in text
+    assert "a second time" in refused(api, using(LENGTH, packages=["numpy", "NumPy>=1"]))
+
+
+def test_functions_are_loaded_unless_their_packages_are_still_to_come(api: Running):
+    importing = "def f(prompt, completion, example):\n    import {}\n    return 1.0\n"
+    assert api.submit(using(importing.format("packaging"), packages=["packaging>=20"])).status_code == 200
+    assert "no_such_module" in refused(api, using(importing.format("no_such_module"), packages=["packaging>=20"]))
+    assert api.submit(using(importing.format("rs_tiny"), packages=["rs-tiny==1.0"])).status_code == 200
+    broken = base64.b64encode(b"def f(prompt, completion, example):\n    return nowhere\n").decode()
+    request = job_request(rewardFns=rewards(f=broken) | {"runtime": {"packages": ["rs-tiny==1.0"]}})
+    text = refused(api, request)
+    assert "'f'" in text and "line 2" in text and "nowhere" in text
+
+
+def test_endpoints_are_checked(api: Running):
+    assert "is a URL" in refused(api, using(LENGTH, network=["https://api.example.com"]))
 
 
 def test_unknown_dataset_repo_and_field_are_refused(api: Running):

@@ -18,7 +18,8 @@ LEASE = 60.0
 
 
 def open_store(folder: Path) -> Store:
-    return Store(f"sqlite:///{folder / 'db' / 'rewardsmith.sqlite'}", (folder / "artifacts").as_uri())
+    url = f"sqlite:///{folder / 'db' / 'rewardsmith.sqlite'}"
+    return Store(url, (folder / "artifacts").as_uri(), key_file=folder / "secrets.key")
 
 
 def upload(store: Store, name: str, content: bytes, file_name: str = "rows.jsonl") -> wire.Dataset:

@@ -46,6 +46,7 @@ def test_a_row_comes_back_as_it_was_written(store: Store, claimed: Claim) -> Non
     assert read.model_dump() == row | {
         "scores": {"exact": 0.5, "style": None},
         "outcomes": {"exact": "ok", "style": "timeout"},
+        "seconds": {"exact": 0.1, "style": 3.0},
     }
     assert data["totalReward"] is None and data["finishReason"] == "stop"
 
@@ -192,20 +193,24 @@ def test_reward_logs_are_paged_and_filtered(store: Store, claimed: Claim) -> Non
         commit(store, claimed, step, ("reward_logs", rows))
     seen, after = [], None
     while True:
-        page = store.completions.reward_logs(claimed.uuid, limit=5, after=after)
+        page = store.completions.reward_logs(claimed.uuid, wire.LogFilters(), limit=5, after=after)
         seen += [(row["step"], row["idx"], row["function"]) for row in page.data]
         after = page.next
         if after is None:
             break
     assert seen == [(step, idx, name) for step in (2, 1) for idx in range(3) for name in ("a", "b")]
-    logs = store.completions.reward_logs
-    (failed,) = logs(claimed.uuid, outcome="exception", step=2).data
+
+    def logs(**filters: Any) -> list[dict[str, Any]]:
+        return store.completions.reward_logs(claimed.uuid, wire.LogFilters(**filters)).data
+
+    (failed,) = logs(outcome="exception", step=2)
     assert wire.RewardLogRow(**failed).error == "ZeroDivisionError: division" and failed["value"] is None
-    assert len(logs(claimed.uuid, function="b").data) == 6
-    assert len(logs(claimed.uuid, text="zerodivision").data) == 2
-    assert len(logs(claimed.uuid, text="2.1").data) == 2
-    assert logs(claimed.uuid, revision=2).data == []
-    assert [row["step"] for row in logs(claimed.uuid, function="a", order="oldest").data] == [1, 1, 1, 2, 2, 2]
+    assert len(logs(function="b")) == 6
+    assert len(logs(text="zerodivision")) == 2
+    assert len(logs(text="2.1")) == 2
+    assert logs(revision=2) == []
+    oldest = store.completions.reward_logs(claimed.uuid, wire.LogFilters(function="a"), order="oldest").data
+    assert [row["step"] for row in oldest] == [1, 1, 1, 2, 2, 2]
 
 
 @pytest.mark.parametrize("after", ["", "x", "WzEsMl0=", "bnVsbA==", "WzEsWyJ0cmFpbiJdXQ==", "ü", "WyIxIixudWxsXQ=="])
@@ -218,7 +223,7 @@ def test_other_cursors_are_refused(store: Store, claimed: Claim, after: str) -> 
 @pytest.mark.parametrize("limit", [0, -1, 501])
 def test_other_limits_are_refused(store: Store, claimed: Claim, limit: int) -> None:
     with pytest.raises(ConfigError, match="a page has 1 to 500 rows"):
-        store.completions.reward_logs(claimed.uuid, limit=limit)
+        store.completions.reward_logs(claimed.uuid, wire.LogFilters(), limit=limit)
 
 
 def test_the_query_engine_sees_the_artifacts_and_nothing_else(store: Store, claimed: Claim) -> None:

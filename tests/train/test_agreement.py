@@ -10,10 +10,11 @@ from job_runs import LONG, UUID, config, finish, spec
 from peft.tuners.lora import LoraLayer
 from scripted_server import TOKEN, ScriptedServer
 
+from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import DeliveryError
 from rewardsmith.jobs.entry import run_job
 from rewardsmith.train import learner
-from rewardsmith.train.agreement import LIMITS, Mismatch
+from rewardsmith.train.agreement import LIMITS, Mismatch, probed
 from rewardsmith.train.parallel.ranks import Ranks
 
 
@@ -121,3 +122,35 @@ def test_a_difference_above_the_limit_is_refused(off: float):
     with pytest.raises(DeliveryError, match="do not run the same policy"):
         Mismatch(0.0, off, off).check(torch.float32, 1)
     Mismatch(0.0, LIMITS[torch.float32], 5.0).check(torch.float32, 1)
+
+
+@pytest.mark.parametrize("count", [7, 14, 64])
+def test_in_time_every_completion_of_a_batch_is_probed(count: int):
+    places = [probed(3, step, count) for step in range(1, 40 * count)]
+    assert set(places) == set(range(count))
+    assert places != [probed(4, step, count) for step in range(1, 40 * count)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "correction", "mode", "said"),
+    [
+        (torch.float32, {}, None, []),
+        (
+            torch.float32,
+            {"high": 5},
+            None,
+            ["low and high of sampler_correction cannot act: weights are float32"],
+        ),
+        (torch.float64, {"level": "sequence"}, None, ["cannot act: weights are float64"]),
+        (torch.float32, {"high": 5, "mode": "truncate"}, "truncate", []),
+        (torch.bfloat16, {"high": 5}, "truncate", ["weights are bfloat16.*at most 5"]),
+        (torch.bfloat16, {"mode": "none"}, "none", []),
+    ],
+)
+def test_a_correction_that_is_left_open_is_decided_by_the_precision_and_what_then_cannot_act_is_said(
+    dtype: torch.dtype, correction: dict, mode: str | None, said: list[str]
+):
+    heard: list[str] = []
+    found = learner.corrected(GRPOConfig(sampler_correction=correction), dtype, heard.append)
+    assert found.sampler_correction.mode == mode
+    assert len(heard) == len(said) and all(map(re.search, said, heard)), heard

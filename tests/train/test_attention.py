@@ -129,3 +129,36 @@ def test_float32_is_close_and_nothing_is_kept_without_gradient():
     q, k, v = (torch.randn(len(made.ids_R), heads, 8, requires_grad=True) for heads in (4, 2, 2))
     with torch.no_grad():
         assert PackedAttention(shape, made, torch.float32)(0, q, k, v).grad_fn is None
+
+
+@pytest.mark.parametrize("softcap", [None, 80.0])
+def test_in_16_bits_large_scores_are_not_rounded(softcap: float | None):
+    """Against dense attention in float64 on the same numbers, with positions that change none of them."""
+    made, narrow = packed(), torch.bfloat16
+    unturned = LayerKind(Rope(torch.zeros(4), 1.0), None)
+    shape = replace(architecture(softcap=softcap), layers=(unturned,), attention_scale=0.5)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [(8 * torch.randn(len(made.ids_R), heads, 8, generator=generator)).to(narrow) for heads in (4, 2, 2)]
+    d = torch.randn(len(made.ids_R), 4, 8, generator=generator).to(narrow)
+    found = []
+    for dtype, attend in (
+        (narrow, PackedAttention(shape, made, narrow)),
+        (torch.float64, reference_attend(shape, made.positions_R, joined(made))),
+    ):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = attend(0, *leaves)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, d.to(dtype))])
+        assert all(x.dtype == dtype for x in found[-1])
+    errors = [float((ours.double() - dense).norm() / dense.norm()) for ours, dense in zip(*found, strict=True)]
+    assert errors[0] < 0.003 and max(errors) < 0.02
+
+
+def test_in_16_bits_positions_are_turned_in_float32_and_rounded_once():
+    positions = torch.arange(500)
+    x = torch.randn(500, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rope = Rope(10.0 ** -torch.arange(3), 1.1)
+    for back in (False, True):
+        turns = attention.turns(rope, positions, torch.float32)
+        found = attention.rotate(x, turns, torch.empty_like(x), 0.3, back)
+        exact = attention.rotate(x.float(), turns, torch.empty(x.shape), 0.3, back)
+        assert torch.equal(found, exact.bfloat16())

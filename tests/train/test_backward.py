@@ -117,3 +117,25 @@ def test_what_a_row_keeps_is_what_the_budget_counts(family: str):
     counted = of_one_layer * len(weights.layers)
     assert h.requires_grad
     assert 0.9 * per_row < counted < 1.2 * per_row
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_in_16_bits_the_adapters_products_are_those_of_its_own_precision(merge: bool):
+    _, weights = policy(dtype=torch.bfloat16, merge=merge)
+    total, projection = AdapterGradient(weights), weights.layers[1].qkv
+    x, d = (rows(300, size, seed=seed).detach().bfloat16() for seed, size in ((0, 32), (1, 64)))
+    leaf = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(TrainedOps(total).linear(leaf, projection), leaf, d)
+    gradients = {name: torch.zeros_like(tensor) for name, tensor in weights.adapter().items()}
+    total.add_to(gradients)
+    exact_dx = d.double() @ projection.weight_OI.double()
+    for part in projection.bound:
+        a, b, d_part = part.a_RI.double(), part.b_OR.double(), d[:, part.start : part.stop].double()
+        if not merge:
+            exact_dx += projection.scaling * d_part @ b @ a
+        exact = {"A": (d_part @ b).T @ x.double(), "B": d_part.T @ (x.double() @ a.T)}
+        for kind, by_hand in exact.items():
+            found = gradients[f"base_model.model.{part.name}.lora_{kind}.weight"]
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found.double(), projection.scaling * by_hand, rtol=1e-5, atol=1e-4)
+    assert float((dx.double() - exact_dx).norm() / exact_dx.norm()) < 0.005

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from job_runs import UUID, config, rows, spec, write_rows
 from scripted_server import TOKEN, ScriptedServer
 from tiny_models import save_model
 
 from rewardsmith.jobs.entry import YIELDED
+from rewardsmith.machine import available_cores
 
 
 def start(server: ScriptedServer) -> subprocess.Popen:
@@ -46,11 +48,15 @@ def test_a_process_asked_to_make_room_finishes_its_step_saves_it_and_says_so(tmp
     assert TOKEN not in log and "total_reward" in log
 
 
-def test_threads_are_settled_before_torch_is_there():
+@pytest.mark.parametrize(("asked", "threads"), [(None, available_cores()), ("1", 1), ("100000", available_cores())])
+def test_threads_are_settled_before_torch_is_there(asked: str | None, threads: int):
+    """As the user asked, but no more than there are cores: the launcher passes on what it counts without quotas."""
     code = (
         "import os, sys; import rewardsmith.jobs.entry as entry; assert 'torch' not in sys.modules;"
-        "entry._set_threads(); print(os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'])"
+        "entry._set_threads(); assert 'torch' not in sys.modules;"
+        "print(os.environ['OMP_WAIT_POLICY'], os.environ['OMP_NUM_THREADS'])"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    environment |= {"OMP_NUM_THREADS": asked} if asked else {}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["PASSIVE", str(len(os.sched_getaffinity(0)))]
+    assert found.stdout.split() == ["PASSIVE", str(threads)]

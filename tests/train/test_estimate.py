@@ -13,7 +13,10 @@ from transformers import Qwen2Config
 
 from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import ModelError
+from rewardsmith.rollout.fast import blocked
+from rewardsmith.rollout.fast.blocked import Blocked
 from rewardsmith.rollout.fast.cache import PAGE, Cache
+from rewardsmith.rollout.fast.engine import SLOTS
 from rewardsmith.rollout.model.architecture import describe
 from rewardsmith.rollout.model.weights import Weights
 from rewardsmith.rollout.sampling import completion_seed
@@ -22,8 +25,10 @@ from rewardsmith.train.batch import Example
 from rewardsmith.train.estimate import calibration
 from rewardsmith.train.estimate.calibration import Load, Measured, Parts, endless_tokenizer, shallow_model
 from rewardsmith.train.estimate.estimate import estimate
-from rewardsmith.train.estimate.footprint import lay_out, need
-from rewardsmith.train.fast.memory import bytes_per_row
+from rewardsmith.train.estimate.footprint import Memory, lay_out, need
+from rewardsmith.train.fast import memory as update_memory
+from rewardsmith.train.fast.head import CHUNK_LOGITS
+from rewardsmith.train.fast.memory import Budget, bytes_per_row
 from rewardsmith.train.learner import Learner
 from rewardsmith.train.parallel.ranks import Ranks
 
@@ -75,7 +80,9 @@ def test_a_model_without_weights_has_the_shapes_of_the_real_one(family: str, tar
     assert shape.weights == sum(parameter.numel() for parameter in model.parameters())
     architecture = describe(model)
     assert 4 * shape.cache_numbers() * PAGE <= Cache(architecture, torch.zeros(1)).page_bytes
-    assert 4 * shape.row_numbers() == bytes_per_row(Weights.fuse(model, architecture))
+    weights = Weights.fuse(model, architecture)
+    for recompute in (False, True):
+        assert 4 * shape.row_numbers(recompute) == bytes_per_row(weights, recompute)
     policy = lora.attach(model, run, "")
     assert shape.adapter == sum(parameter.numel() for parameter in lora.parameters(policy))
 
@@ -103,6 +110,74 @@ def test_memory_is_the_sum_of_what_is_kept():
     assert memory.micro_batch_tokens == rows
     assert memory.update == 2 * (rows * 4 * shape.row_numbers() + 3 * 4 * rows * 256)
     assert memory.fits
+
+
+@pytest.mark.parametrize("prompt", [3, 40, 600])
+@pytest.mark.parametrize("longest", [8, 300])
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("rows_kept", [10, 1100, 10**6])
+def test_a_micro_batch_is_the_one_that_the_update_will_take(
+    rows_kept: int, ranks: int, longest: int, prompt: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Of every kind: as large as can be, cut by what is fast enough, by long prompts, by memory; layers kept or not."""
+    model, run = random_model("qwen3"), config()
+    shape, weights = lay_out(model.config, run), Weights.fuse(model, describe(model))
+    monkeypatch.setattr(update_memory, "KEPT_BYTES", rows_kept * bytes_per_row(weights))
+    load = Load(prompts=4096, group=4, prompt_tokens=prompt, completion_tokens=longest, longest=longest)
+    kinds = set()
+    for rows_free in (1, 50, 100, 500, 1000, 3000, 10**5):
+        room = rows_free * ranks * bytes_per_row(weights) / update_memory.SHARE
+        parts = sum(need(shape, load, device=CPU, ranks=ranks, own=0, available=2**40).parts.values())
+        found = need(shape, load, device=CPU, ranks=ranks, own=0, available=parts + int(room))
+        free = found.available - sum(found.parts.values())
+        monkeypatch.setattr(update_memory, "free_bytes", lambda device, free=free: free)
+        budget = Budget(ranks)
+        alone = prompt + longest - 1
+        rows = max(budget.rows(weights, prompt, alone), alone)
+        logits = min(CHUNK_LOGITS["cpu"], rows * shape.vocab)
+        assert found.micro_batch_tokens == rows
+        assert found.update == ranks * (rows * bytes_per_row(weights, budget.recompute) + 3 * 4 * logits)
+        kinds.add((budget.recompute, rows))
+    assert {recompute for recompute, _ in kinds} == {False, True}
+    assert len(kinds) >= 3
+
+
+@pytest.mark.skipif(not blocked.HAS_ONEDNN, reason="this build of torch has no oneDNN")
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_blocked_weights_are_counted_where_ranks_make_them(ranks: int, monkeypatch: pytest.MonkeyPatch):
+    model = random_model("qwen2")
+    shape, weights = lay_out(model.config, config()), Weights.fuse(model, describe(model))
+    load = Load(prompts=32, group=8, prompt_tokens=4, completion_tokens=4, longest=4)
+    copies = 4 * (shape.linear + shape.vocab * shape.hidden)
+    enough = ranks * copies / blocked.SHARE
+
+    def memory(available: int, least: int) -> Memory:
+        monkeypatch.setattr(blocked, "LEAST_BYTES", least)
+        return need(shape, load, device=CPU, ranks=ranks, own=0, available=available)
+
+    seen = set()
+    kept = sum(memory(2**40, 0).parts.values())
+    for tenths in range(20):
+        found = memory(int(kept + enough * tenths / 10), 0)
+        free = found.available - sum(found.parts.values())
+        made = Blocked(weights, shape.vocab, blocked.most_bytes(max(0, free), ranks))
+        made.make(64)
+        counted = found.generation - memory(found.available, 2**30).generation
+        assert counted == (ranks * copies if made._copies else 0), free / enough
+        seen.add(bool(counted))
+    assert seen == {False, True}
+
+
+def test_a_gpu_draws_more_at_a_time():
+    shape = lay_out(model_config(), config())
+    load = Load(prompts=64, group=8, prompt_tokens=32, completion_tokens=24, longest=24)
+    at_once = {}
+    for device in ("cpu", "cuda"):
+        memory = need(shape, load, device=torch.device(device), ranks=1, own=0, available=2**36)
+        one = (2 if device == "cuda" else 4) * shape.cache_numbers()
+        slots = at_once[device] = SLOTS[device]
+        assert memory.generation == one * (slots // 8 * 32 + slots * 24) + 4 * slots * 256 * 4
+    assert at_once["cuda"] > at_once["cpu"]
 
 
 def test_half_precision_and_short_memory_keep_no_merged_copy():
@@ -236,16 +311,17 @@ def whole_step(run: GRPOConfig, load: Load) -> dict[str, int]:
     ("changes", "measured_at_once", "error"),
     [
         ({}, 1e9, 0.01),  # the whole load
-        ({}, 6e7, 0.3),  # one group
-        ({}, 3e7, 0.3),  # parts of completions
+        ({}, 1.2e8, 0.3),  # one group
+        ({}, 6e7, 0.3),  # parts of completions
         ({"beta": 0.1, "updates_per_batch": 2}, 1e9, 0.01),
-        ({"lora_dropout": 0.1}, 3e7, 0.3),
+        ({"lora_dropout": 0.1}, 6e7, 0.3),
     ],
 )
 def test_two_shallow_models_tell_the_operations_of_a_whole_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], measured_at_once: float, error: float
 ):
-    """With a clock that counts operations instead of time."""
+    """With a clock that counts operations instead of time, on one thread: each measures as much as it can at once."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setitem(calibration.FLOPS, "cpu", measured_at_once)
     run = config(**changes)
     torch.set_num_threads(1)

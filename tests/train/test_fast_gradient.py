@@ -21,10 +21,10 @@ from fused_models import (
 from job_runs import config
 from tiny_models import ALL_FAMILIES, FAMILIES
 
+from rewardsmith.config import Loss
 from rewardsmith.train.fast import attention, head
 from rewardsmith.train.fast import gradient as fast
 from rewardsmith.train.fast.memory import Budget
-from rewardsmith.train.grpo import Loss
 from rewardsmith.train.lora import POLICY, parameters
 from rewardsmith.train.losses import LossSettings
 from rewardsmith.train.plain import PlainPath
@@ -229,8 +229,11 @@ def test_log_probs_of_policy_and_reference(family: str):
     model, weights = policy(family, torch.float32)
     path = PlainPath(model, VOCAB)
     for ours, theirs in (
-        (fast.logps(weights, batch(), TEMPERATURE, VOCAB), path.policy_logps(batch(), job())),
-        (fast.logps(weights, batch(), TEMPERATURE, VOCAB, base=True), path.reference_logps(batch(), job())),
+        (fast.logps(weights, batch(), TEMPERATURE, VOCAB, budget=Budget()), path.policy_logps(batch(), job())),
+        (
+            fast.logps(weights, batch(), TEMPERATURE, VOCAB, budget=budget(weights, 20), base=True),
+            path.reference_logps(batch(), job()),
+        ),
     ):
         assert len(ours) == len(batch())
         assert all(torch.allclose(a, b, atol=1e-5, rtol=0) for a, b in zip(ours, theirs, strict=True))
@@ -268,6 +271,6 @@ def test_a_rank_needs_neither_transformers_nor_peft():
     code = (
         "import sys\n"
         "for name in ('transformers', 'peft'): sys.modules[name] = None\n"
-        "from rewardsmith.train.fast import packed, attention, backward, head, memory, recompute\n"
+        "import rewardsmith.train.parallel.rank\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,8 +4,9 @@ from typing import get_args
 import pytest
 import torch
 
+from rewardsmith.config import Advantage
 from rewardsmith.rewards.outcomes import LARGEST_TOTAL
-from rewardsmith.train.grpo import Advantage, advantages, soft_punishment, weights, zero_signal
+from rewardsmith.train.grpo import advantages, soft_punishment, weights, zero_signal
 
 NAN = math.nan
 KINDS = get_args(Advantage)

@@ -96,3 +96,19 @@ def test_bfloat16_logits_are_normalised_in_float32():
     expected = (h_PH[made.source_N] @ narrow.head_VH[:VOCAB].T).float().log_softmax(-1)
     assert logps_N.dtype == torch.float32
     assert torch.allclose(logps_N, expected.gather(1, made.targets_N[:, None]).squeeze(1), atol=1e-5)
+
+
+def test_in_16_bits_what_many_tokens_give_one_row_is_added_up_unrounded(monkeypatch: pytest.MonkeyPatch):
+    """The last row of a prompt predicts the first token of each completion; here each is a chunk by itself."""
+    monkeypatch.setattr(head_module, "FEWEST_ROWS", 1)
+    monkeypatch.setitem(head_module.CHUNK_LOGITS, "cpu", 1)
+    _, weights = policy("llama", torch.bfloat16)
+    examples = batch([([5, 6, 7], (1,) * 600)])
+    made, tokens = pack(examples, range(len(examples))), token_batch(examples)
+    h_PH = torch.randn(1, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.no_grad():
+        _, found = Head(weights, 0.9, VOCAB).gradient(h_PH, made, tokens, LossSettings())
+        wide = replace(weights, head_VH=weights.head_VH.double())
+        _, exact = Head(wide, 0.9, VOCAB).gradient(h_PH.double(), made, tokens, LossSettings())
+    assert found.dtype == torch.bfloat16
+    assert float((found.double() - exact).norm() / exact.norm()) < 0.01

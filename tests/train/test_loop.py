@@ -118,24 +118,30 @@ def test_segments_hold_every_completion_and_every_call_that_printed_or_failed(mo
     assert all(row["prints"].strip() == f"row {written[row['row']]['n']}" for row in logs)
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora_dropout": 0.3, "beta": 0.05}], ids=["plain", "dropout and kl"])
-def test_a_resumed_job_is_the_uninterrupted_one_bit_for_bit(changes: dict, model: Path, folder: Path):
+@pytest.mark.parametrize(
+    ("changes", "workers"),
+    [({}, 0), ({"lora_dropout": 0.3, "beta": 0.05}, 0), ({"updates_per_batch": 2, "beta": 0.05}, 1)],
+    ids=["plain", "dropout and kl", "two ranks, two updates and kl"],
+)
+def test_a_resumed_job_is_the_uninterrupted_one_bit_for_bit(changes: dict, workers: int, model: Path, folder: Path):
     job = config(train_steps=6, lr_scheduler={"type": "cosine"}, **changes)
     elsewhere = folder / "elsewhere"
     write_rows(elsewhere, rows(6, 3))
     with ScriptedServer(spec(elsewhere, model, job)) as whole:
-        assert run(whole) == 0
+        assert run(whole, workers=workers) == 0
+    if workers:
+        assert any("fast, 2 rank(s)" in message for message in events(whole, "info"))
 
     yielding = threading.Event()
     with ScriptedServer(spec(folder, model, job)) as first:
         first.on_report = at_step(3, yielding.set)  # SIGTERM in the third step: finish it, checkpoint, make room
-        assert run(first, yielding) == YIELDED
+        assert run(first, yielding, workers) == YIELDED
     assert not first.bodies("finish")
     last = first.bodies("checkpoint")[-1]
     assert (last["checkpoint"], last["step"], last["evalReward"]) == (2, 3, None)
     resume = ResumePoint(step=3, checkpoint=2, state_path=last["statePath"])
     with ScriptedServer(spec(folder, model, job, fence=2, resume=resume)) as second:
-        assert run(second) == 0
+        assert run(second, workers=workers) == 0
 
     assert results(first) + results(second) == results(whole)
     assert adapter_bytes(folder, second)[-1] == adapter_bytes(elsewhere, whole)[-1]

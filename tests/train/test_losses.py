@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import rewardsmith
-from rewardsmith.config import CLIP_BOUNDS, GRPOConfig, SamplerCorrectionConfig
-from rewardsmith.train import grpo, losses
+from rewardsmith.config import CLIP_BOUNDS, GRPOConfig, KLEstimator, Loss
+from rewardsmith.train import grpo
 from rewardsmith.train.losses import (
+    KL,
     LossSettings,
     TokenBatch,
     dead_settings,
@@ -139,7 +140,7 @@ def test_sapo_has_a_gate_whose_slope_fades_on_both_sides():
     assert sapo(torch.ones(1), torch.zeros(1)).item() == 0
 
 
-@pytest.mark.parametrize("loss", get_args(grpo.Loss))
+@pytest.mark.parametrize("loss", get_args(Loss))
 def test_in_the_first_update_every_loss_has_minus_the_advantage_as_its_gradient(loss: str):
     made = batch([[1.0, 1.0, 1.0], [1.0]], [3.0, -4.0], on_policy=True)
     clip_low, clip_high = CLIP_BOUNDS[loss]
@@ -181,6 +182,18 @@ def test_k1_and_k3_estimate_the_divergence_and_k2_has_its_gradient():
     of_k2, of_k1 = (torch.autograd.grad((weight * k(p, q)).sum(), logits, retain_graph=True)[0] for k in (k2, k1))
     assert torch.allclose(of_k2, exact)
     assert of_k1.abs().max() < 1e-12
+    # In the reward an estimate is a constant that the log-prob is weighed with.
+    constants = [k(p, q).detach() for k in (k1, k2, k3)]
+    in_reward = [torch.autograd.grad((weight * c * p).sum(), logits, retain_graph=True)[0] for c in constants]
+    assert [torch.allclose(gradient, exact) for gradient in in_reward] == [True, False, False]
+
+
+def test_k3_is_bounded_where_it_would_overflow_and_exact_elsewhere():
+    own, reference = torch.tensor([-200.0, -30.0, -1.0], requires_grad=True), torch.tensor([-1.0, -5.0, -200.0])
+    found = k3(own, reference)
+    assert found.tolist() == pytest.approx([math.exp(20) - 21, math.exp(20) - 21, 198])
+    found.sum().backward()
+    assert own.grad.tolist() == [0, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -233,20 +246,21 @@ def test_the_correction_is_for_the_old_policy_and_leaves_the_kl_alone():
     assert value == pytest.approx([-1.1 * 1.5 + 0.1 * (0.5 - 1 + math.log(2))])
 
 
+@pytest.mark.parametrize("estimator", get_args(KLEstimator))
 @pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss", get_args(grpo.Loss))
-def test_ratios_beyond_all_bounds_stay_finite(loss: str, level: str):
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_ratios_beyond_all_bounds_stay_finite(loss: str, level: str, estimator: str):
     logps = torch.tensor([-0.1, -500.0, -0.1, -500.0], requires_grad=True)
     far = torch.tensor([-500.0, -0.1, -500.0, -0.1])
     tokens = TokenBatch(
-        torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.ones(4), far.clone(), far
+        torch.tensor([0, 1, 2, 3]), torch.tensor([1.0, 1.0, -1.0, -1.0]), torch.ones(4), far.clone(), far, far.clone()
     )
-    settings = LossSettings(
-        loss=loss, correction="truncate", correction_level=level, clip_low=math.inf, clip_high=math.inf
-    )
-    found = token_losses(logps, tokens, settings).losses_N
-    found.sum().backward()
-    assert found.isfinite().all() and logps.grad.isfinite().all()
+    correction = {"correction": "truncate", "correction_level": level}
+    kl = {"beta": 0.1, "kl_estimator": estimator}
+    settings = LossSettings(loss=loss, clip_low=math.inf, clip_high=math.inf, **correction, **kl)
+    found = token_losses(logps, tokens, settings)
+    found.losses_N.sum().backward()
+    assert found.losses_N.isfinite().all() and found.kl_N.isfinite().all() and logps.grad.isfinite().all()
 
 
 # ---- slices ---------------------------------------------------------------------------------------------------------
@@ -265,7 +279,7 @@ def everything(first: bool) -> tuple[torch.Tensor, TokenBatch]:
 WIDE = CLIP_BOUNDS | {"gspo": (0.9, 9.0)}  # its own bounds clip all of these, which would hide a wrong ratio
 SETTINGS = [
     LossSettings(loss, *WIDE[loss], beta=0.1, correction=mode, correction_level=level, correction_low=0.5)
-    for loss, mode, level in itertools.product(get_args(grpo.Loss), ("none", "mask"), ("token", "sequence"))
+    for loss, mode, level in itertools.product(get_args(Loss), ("none", "mask"), ("token", "sequence"))
 ]
 
 
@@ -319,7 +333,9 @@ def test_settings_take_the_published_values_of_the_loss():
 def test_settings_of_kl_and_correction():
     plain = LossSettings.of(GRPOConfig(beta=0.2))
     assert (plain.beta, plain.kl_estimator, plain.correction) == (0.2, "k3", "none")
-    assert LossSettings.of(GRPOConfig(beta=0.2, kl_in="reward")).beta == 0
+    assert LossSettings.of(GRPOConfig(beta=0.2, kl_in="reward", advantage="rloo")).beta == 0
+    in_reward = {"kl_in": "reward", "advantage": "rloo"}
+    assert [GRPOConfig(kl_estimator=k, **in_reward).kl_estimate for k in (None, *KL)] == ["k1", "k1", "k2", "k3"]
 
     def correction(loss: str = "dapo", **fields) -> tuple:
         found = LossSettings.of(GRPOConfig(loss=loss, sampler_correction=fields))
@@ -344,7 +360,11 @@ def test_settings_of_kl_and_correction():
         ({"kl_estimator": "k2"}, []),
         ({"kl_estimator": "k2", "beta": 0}, ["kl_estimator=k2 cannot act: beta is 0"]),
         ({"kl_estimator": "k1"}, ["kl_estimator=k1 in the loss has no gradient on average"]),
-        ({"kl_estimator": "k1", "kl_in": "reward"}, []),
+        ({"kl_estimator": "k1", "kl_in": "reward", "advantage": "rloo"}, []),
+        (
+            {"kl_estimator": "k3", "kl_in": "reward", "advantage": "rloo"},
+            ["k3 in the reward has another gradient"],
+        ),
         ({"sampler_correction": {"mode": "none", "high": 3}}, ["sampler_correction cannot act"]),
         ({"sampler_correction": {"high": 3}}, []),
     ],
@@ -354,15 +374,18 @@ def test_what_cannot_act_is_said(fields: dict, said: list[str]):
     assert len(found) == len(said) and all(part in message for part, message in zip(said, found, strict=True))
 
 
-def test_names_in_the_config_are_the_names_here():
-    fields = GRPOConfig.model_fields
-    assert get_args(fields["loss"].annotation) == get_args(grpo.Loss)
-    assert get_args(fields["advantage"].annotation) == get_args(grpo.Advantage)
-    assert set(get_args(grpo.Loss)) == set(CLIP_BOUNDS)
-    assert get_args(get_args(fields["kl_estimator"].annotation)[0]) == get_args(losses.KLEstimator)
-    correction = SamplerCorrectionConfig.model_fields
-    assert get_args(get_args(correction["mode"].annotation)[0]) == get_args(losses.Correction)
-    assert get_args(get_args(correction["level"].annotation)[0]) == get_args(losses.Level)
+def test_every_name_in_the_config_has_its_formula():
+    assert set(get_args(Loss)) == set(CLIP_BOUNDS)
+    assert set(get_args(KLEstimator)) == set(KL)
+
+
+def test_an_unknown_name_is_not_taken_for_another():
+    with pytest.raises(AssertionError, match=r"unreachable.*'ppo'"):
+        run(batch([[1.0]], [1.0]), loss="ppo")
+    with pytest.raises(AssertionError, match=r"unreachable.*'ppo'"):
+        grpo.weights(torch.tensor([3]), torch.tensor([True]), "ppo", 8)
+    with pytest.raises(AssertionError, match=r"unreachable.*'mean'"):
+        grpo.advantages(torch.tensor([[0.0, 1.0]]), "mean")
 
 
 def test_losses_load_without_pydantic():

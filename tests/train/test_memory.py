@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_models import batch, fast_gradient, policy, relative_difference
+from fused_models import TEMPERATURE, VOCAB, batch, fast_gradient, policy, relative_difference
 
 from rewardsmith.errors import ModelError
 from rewardsmith.rollout.model.weights import Weights
+from rewardsmith.train.fast import gradient as fast
 from rewardsmith.train.fast import memory
 from rewardsmith.train.fast.memory import Budget, bytes_per_row, out_of_memory
 from rewardsmith.train.losses import LossSettings
@@ -95,6 +96,27 @@ def test_an_attempt_that_fails_leaves_nothing_in_the_gradient(monkeypatch: pytes
     monkeypatch.setattr(torch.autograd, "backward", failing)
     _, gradients = fast_gradient(weights, batch(), settings, budget=budget)
     assert relative_difference(gradients, expected) < 1e-12
+    assert len(heard) == 1 and budget.most == 20
+
+
+def test_log_probs_that_run_out_of_memory_are_computed_again_with_less(monkeypatch: pytest.MonkeyPatch):
+    _, weights = policy()
+    expected = fast.logps(weights, batch(), TEMPERATURE, VOCAB, budget=Budget(), base=True)
+    budget, heard = Budget(), []
+    budget.most, budget.notice = 40, heard.append
+    calls = []
+    split = torch.split
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            torch.empty(2**62, dtype=torch.uint8)
+        return split(*arguments, **options)
+
+    monkeypatch.setattr(torch, "split", failing)
+    found = fast.logps(weights, batch(), TEMPERATURE, VOCAB, budget=budget, base=True)
+    assert len(found) == len(expected)
+    assert all(torch.allclose(ours, theirs, atol=1e-12) for ours, theirs in zip(found, expected, strict=True))
     assert len(heard) == 1 and budget.most == 20
 
 

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from job_runs import config
 
 from rewardsmith.rewards.outcomes import LARGEST_TOTAL, Score
 from rewardsmith.rollout.engine import Completion
@@ -10,7 +11,7 @@ from rewardsmith.train.agreement import Mismatch
 from rewardsmith.train.checkpoint import Progress
 from rewardsmith.train.evaluate import PATIENCE, exhausted, note_evaluation
 from rewardsmith.train.metrics import step_metrics
-from rewardsmith.train.samples import Sample
+from rewardsmith.train.samples import Sample, with_advantages
 from rewardsmith.train.update import Update
 
 UPDATE = Update(loss=0.5, kl=None, grad_norm=2.0, learning_rate=1e-3)
@@ -26,6 +27,7 @@ def sample(
 
 
 def metrics(groups: list[list[Sample]], progress: Progress | None = None, update: Update = UPDATE) -> dict[str, float]:
+    groups = with_advantages(groups, config(), max_tokens=8)
     return step_metrics(groups, update, SAME, progress or Progress(), {"generate": 2.0, "update": 1.0})
 
 
@@ -44,6 +46,16 @@ def test_abstaining_is_no_error_and_unknown_means_have_no_entry():
     assert not {"total_reward", "total_reward_std", "reward/f/mean", "kl"} & found.keys()
     assert found["group/frac_zero_signal"] == 1
     assert all(math.isfinite(value) for value in found.values())
+
+
+def test_groups_are_without_signal_by_what_the_update_learns_from():
+    """With a baseline of the whole batch, groups that agree within themselves teach something."""
+    groups = with_advantages(
+        [[sample(0.0), sample(0.0)], [sample(1.0), sample(1.0)]], config(advantage="reinforce_pp"), max_tokens=8
+    )
+    found = step_metrics(groups, UPDATE, SAME, Progress(), {"generate": 1.0})
+    assert found["group/frac_zero_signal"] == 0
+    assert (found["group/frac_all_best"], found["group/frac_all_worst"]) == (0.5, 0.5)
 
 
 def test_groups_against_the_best_and_worst_seen_so_far():

@@ -13,7 +13,19 @@ from typing import Annotated
 
 import typer
 
-from rewardsmith.cli import adapters, datasets, estimate, jobs, processes, repos
+from rewardsmith.cli import (
+    adapters,
+    datasets,
+    estimate,
+    jobs,
+    logs,
+    processes,
+    repos,
+    revisions,
+    rewards,
+    sandbox,
+    secrets,
+)
 from rewardsmith.cli.output import print_error
 
 
@@ -45,7 +57,9 @@ def _options(
 
 processes.add_to(app)
 app.command()(estimate.estimate)
-for group in (datasets, repos, adapters, jobs):
+app.command()(logs.logs)
+app.command()(sandbox.sandbox)
+for group in (datasets, repos, adapters, jobs, revisions, rewards, secrets):
     app.add_typer(group.app)
 
 

@@ -21,6 +21,7 @@ from rewardsmith.cli.output import (
     reward,
     status,
 )
+from rewardsmith.cli.revisions import weight_of
 from rewardsmith.config import GRPOConfig
 
 app = typer.Typer(
@@ -114,7 +115,7 @@ def config(adapter: Id, as_json: AsJson = False) -> None:
     settings = found.model_dump(mode="json", exclude={"reward_fns"}, exclude_none=True)
     print_details((name, value) for name, value in settings.items() if value not in ({}, []))
     for name, function in found.reward_fns.functions.items():
-        print(f"\n# {name}, weight {function.weight:g}")
+        print(f"\n# {name}, {weight_of(function)}")
         console().print(Syntax(function.source, "python", background_color="default"))
 
 

@@ -9,7 +9,9 @@ import typer
 from rewardsmith import wire
 from rewardsmith.cli import records
 from rewardsmith.cli.job_config import ConfigFile, Rewards, Settings, read_config
+from rewardsmith.cli.logs import logs
 from rewardsmith.cli.output import AsJson, age, connect, print_details, print_json, print_table, reward, status
+from rewardsmith.cli.revisions import list_ as list_revisions
 from rewardsmith.client.objects import FinetuningJob
 from rewardsmith.quantities import duration
 
@@ -142,6 +144,8 @@ def resume(job: records.JobRef) -> None:
 
 
 records.add_to(app)
+app.command()(logs)
+app.command("revisions")(list_revisions)
 
 
 def _progress(job: FinetuningJob) -> str:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from rewardsmith.cli.output import AsJson, print_json
 from rewardsmith.client.address import normalised
 from rewardsmith.doctor import INSTALL_SERVER, examine, show
 from rewardsmith.errors import ConfigError
 from rewardsmith.home import DEFAULT_PORT, ServerConfig, default_base_url, default_home
+from rewardsmith.reward_config import checked_endpoint
+from rewardsmith.rewards.sandbox import tiers
 
 Home = Annotated[
     Path | None,
@@ -38,12 +43,28 @@ def serve(
     allow_remote: Annotated[
         bool, typer.Option("--allow-remote", help="Let --host be an address that other machines reach.")
     ] = False,
+    private_endpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="An address of this machine or a private network that reward functions may ask for. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    min_sandbox: Annotated[
+        str | None,
+        typer.Option(metavar="TIER", help="Lowest sandbox tier for reward functions: S1, S1w, S2 or S3. [default: S1]"),
+    ] = None,
+    unsafe_rewards: Annotated[
+        bool, typer.Option("--unsafe-rewards", help="Run reward functions even where nothing keeps them in.")
+    ] = False,
 ) -> None:
     """Run the server: the API, and the dispatcher that starts jobs."""
     with server_part():
         from rewardsmith.server import serve as server
 
-    config = ServerConfig(home=_home(home), host=host, port=port)
+    _set_policy(min_sandbox, unsafe_rewards)
+    config = ServerConfig(home=_home(home), host=host, port=port, private_endpoints=_endpoints(private_endpoint or []))
     server.serve(config, dispatcher=not no_dispatcher, allow_remote=allow_remote)
 
 
@@ -91,6 +112,24 @@ def server_part() -> Iterator[None]:
         if (error.name or "").startswith("rewardsmith"):
             raise
         raise ConfigError(f"this needs the server part: {INSTALL_SERVER} ({error.name} is missing)") from error
+
+
+def _set_policy(min_sandbox: str | None, unsafe_rewards: bool) -> None:
+    """For this process and the jobs it starts."""
+    if min_sandbox is not None:
+        os.environ[tiers.MINIMUM_VARIABLE] = min_sandbox
+    if unsafe_rewards:
+        os.environ[tiers.UNSAFE_VARIABLE] = "1"
+    if tiers.policy()[1]:
+        warning = "UNSAFE: reward functions run even where no sandbox keeps them in; they can read what this user can."
+        Console(stderr=True).print(Text(warning, "bold red"))
+
+
+def _endpoints(given: Sequence[str]) -> tuple[str, ...]:
+    try:
+        return tuple(checked_endpoint(text) for text in given)
+    except ValueError as error:
+        raise ConfigError(f"--private-endpoint: {error}") from None
 
 
 def _home(given: Path | None) -> Path:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: `rewardsmith jobs metrics | completions | logs | events | revisions`."""
+"""What a run leaves behind: `rewardsmith jobs metrics | completions | events`; `logs` has the rest."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Limit = Annotated[int, typer.Option(min=1, help="At most so many.")]
 
 
 def add_to(app: typer.Typer) -> None:
-    for command in (metrics, completions, logs, events, revisions):
+    for command in (metrics, completions, events):
         app.command()(command)
 
 
@@ -98,38 +98,6 @@ def completions(
         print("No completions that fit.")
 
 
-def logs(
-    job: JobRef,
-    function: Function = None,
-    revision: Annotated[int | None, typer.Option(min=1, help="Only of this revision.", show_default=False)] = None,
-    step: Step = None,
-    outcome: Outcome = None,
-    text: Containing = None,
-    limit: Limit = 20,
-    process: Annotated[bool, typer.Option("--process", help="What the job's own process wrote instead.")] = False,
-    attempt: Annotated[int | None, typer.Option(min=1, help="With --process: of this attempt.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show what the reward functions printed and how they failed."""
-    jobs = connect().finetuning.jobs
-    if process or attempt is not None:
-        log = jobs.log(job, attempt)
-        if as_json:
-            return print_json(log)
-        # A progress bar writes its line again and again; what it wrote last is what counts.
-        last = "\n".join(line.rpartition("\r")[2] for line in log.split("\n"))
-        return console().print(Text(printable(last)), soft_wrap=True, end="")
-    found = jobs.reward_logs(job, function=function, revision=revision, step=step, outcome=outcome, text=text)
-    shown = list(islice(found, limit))
-    if as_json:
-        return print_json(shown)
-    for call in shown:
-        place = f"step {call.step}  row index {call.row}  sample {call.sample}  {call.function}"
-        _block(f"{place}  {call.outcome}  {reward(call.value)}", call.prints + call.error)
-    if not shown:
-        print("No lines that fit: a call that prints nothing and does not fail leaves none.")
-
-
 def events(job: JobRef, as_json: AsJson = False) -> None:
     """Show the timeline of a job."""
     found = connect().finetuning.jobs.events(job)
@@ -137,38 +105,13 @@ def events(job: JobRef, as_json: AsJson = False) -> None:
         return print_json(found)
     print_table(
         ["at", "step>", "kind", "message"],
-        (
-            [f"{e.at:%Y-%m-%d %H:%M:%S}", "" if e.step is None else e.step, e.kind, _first_line(e.message)]
-            for e in found
-        ),
+        ([f"{e.at:%Y-%m-%d %H:%M:%S}", "" if e.step is None else e.step, e.kind, first_line(e.message)] for e in found),
         empty="Nothing has happened yet.",
     )
 
 
-def revisions(job: JobRef, as_json: AsJson = False) -> None:
-    """Show every set of reward functions a job has had."""
-    found = connect().finetuning.jobs.revisions(job)
-    if as_json:
-        return print_json(found)
-    print_table(
-        ["revision>", "from step", "by", "functions"],
-        ([r.revision, _effect(r, found), r.created_by, ", ".join(f.name for f in r.functions)] for r in found),
-        empty="No revisions.",
-    )
-
-
-def _effect(revision: wire.Revision, every: list[wire.Revision]) -> str:
-    if revision.refused is not None:
-        return f"refused: {_first_line(revision.refused)}"
-    if revision.effective_step is not None:
-        return str(revision.effective_step)
-    # A newer one that waits too may still be refused, and then this one has its turn.
-    newer = (r.revision for r in every if r.revision > revision.revision and r.effective_step is not None)
-    replacement = next(newer, None)
-    return "not yet" if replacement is None else f"never (replaced by {replacement})"
-
-
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
+    """With a sign that there is more."""
     first, more, _ = text.strip().partition("\n")
     return f"{first} …" if more else first
 

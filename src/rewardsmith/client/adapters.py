@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from rewardsmith import wire
 from rewardsmith.client.datasets import DatasetRef
-from rewardsmith.client.jobs import ConfigLike, Jobs
+from rewardsmith.client.jobs import ConfigLike, Jobs, LogFilters
 from rewardsmith.client.objects import Adapter
 from rewardsmith.client.repos import RepoRef, repo_name
 from rewardsmith.client.transport import Data, Transport
@@ -84,6 +84,23 @@ class Adapters:
     def update_config(self, adapter_id: AdapterRef, new_config: ConfigLike) -> None:
         """Change the reward functions while the job runs; see `finetuning.jobs.update`."""
         self._jobs.update(job_of_version(self._http, as_id(adapter_id)), new_config)
+
+    @overload
+    def reward_logs(
+        self, adapter_id: AdapterRef, *, folded: Literal[False] = False, **filters: Unpack[LogFilters]
+    ) -> Iterator[wire.RewardLogRow]: ...
+    @overload
+    def reward_logs(
+        self, adapter_id: AdapterRef, *, folded: Literal[True], **filters: Unpack[LogFilters]
+    ) -> wire.FoldedLogs: ...
+    def reward_logs(
+        self, adapter_id: AdapterRef, *, folded: bool = False, **filters: Unpack[LogFilters]
+    ) -> Iterator[wire.RewardLogRow] | wire.FoldedLogs:
+        """What the reward functions of the job printed and how they failed; see `finetuning.jobs.reward_logs`."""
+        job = job_of_version(self._http, as_id(adapter_id))
+        if folded:
+            return self._jobs.reward_logs(job, folded=True, **filters)
+        return self._jobs.reward_logs(job, **filters)
 
     def cancel(self, adapter_id: AdapterRef) -> None:
         """End the job of this version at once."""

@@ -11,6 +11,8 @@ from rewardsmith.client.address import find_address
 from rewardsmith.client.datasets import Datasets
 from rewardsmith.client.jobs import Jobs
 from rewardsmith.client.repos import Repos
+from rewardsmith.client.revisions import Revisions
+from rewardsmith.client.secrets import Secrets
 from rewardsmith.client.transport import Transport
 
 
@@ -42,6 +44,8 @@ class Rewardsmith:
         self.repos = Repos(self._http)
         self.finetuning = Finetuning(Jobs(self._http))
         self.adapters = Adapters(self._http, self.finetuning.jobs)
+        self.revisions = Revisions(self._http, self.finetuning.jobs)
+        self.secrets = Secrets(self._http)
         if address.exposes_token:
             print(f"warning: the API token travels unencrypted to {address.url}; use https://", file=sys.stderr)
         user = self._http.get("/users/current", wire.CurrentUser)
@@ -51,6 +55,10 @@ class Rewardsmith:
     @property
     def base_url(self) -> str:
         return self._http.address.url
+
+    def sandbox(self, *, fresh: bool = False) -> wire.SandboxReport:
+        """How the server's machine isolates reward functions; `fresh` attacks a sandbox again, which takes a second."""
+        return self._http.get("/v2/sandbox", wire.SandboxReport, {"fresh": fresh} if fresh else None)
 
     def close(self) -> None:
         self._http.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, cast, overload
 from uuid import uuid4
 
 from rewardsmith import wire
@@ -17,7 +17,7 @@ from rewardsmith.client import stream, view
 from rewardsmith.client.datasets import DatasetRef, dataset_name
 from rewardsmith.client.objects import FinetuningJob
 from rewardsmith.client.repos import RepoRef, repo_name
-from rewardsmith.client.transport import Data, Transport, segment
+from rewardsmith.client.transport import Data, Params, Transport, segment
 from rewardsmith.client.versions import AdapterRef, as_id, job_of_version
 from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import ConfigError
@@ -26,7 +26,23 @@ from rewardsmith.wire.base import Answer
 JobRef = str | FinetuningJob | Mapping[str, Any]
 ConfigLike = GRPOConfig | Mapping[str, Any]
 JOBS = "/v2/finetuning/jobs"
+MOST_FOLDS = 500  # that are told apart
 Row = TypeVar("Row", wire.CompletionRow, wire.RewardLogRow)
+
+
+class LogFilters(TypedDict, total=False):
+    """Which calls of a reward log to give; see `Jobs.reward_logs`."""
+
+    function: str | None
+    revision: int | None
+    step: int | None
+    from_step: int | None
+    to_step: int | None
+    epoch: int | None
+    phase: str | None
+    outcome: str | None
+    text: str | None
+    every: bool
 
 
 class _Jobs(Answer):
@@ -83,7 +99,7 @@ class Jobs:
         return job
 
     def get(self, job: JobRef) -> FinetuningJob:
-        return FinetuningJob.of(self._http.get(self._path(job), wire.Job))
+        return FinetuningJob.of(self._http.get(self.path(job), wire.Job))
 
     def watch(self, job_ref: JobRef, show_tensorboard: bool = False) -> None:
         """Show the job until it has ended. Ctrl-C stops the watching, not the job, and is raised again."""
@@ -105,22 +121,22 @@ class Jobs:
 
     def cancel(self, job: JobRef) -> None:
         """End the job at once; of its adapter only the checkpoints that were saved are left."""
-        self._http.send("POST", f"{self._path(job)}/cancel")
+        self._http.send("POST", f"{self.path(job)}/cancel")
 
     def stop(self, job: JobRef) -> None:
         """End the job after its current step and keep its best checkpoint as the adapter."""
-        self._http.send("POST", f"{self._path(job)}/stop")
+        self._http.send("POST", f"{self.path(job)}/stop")
 
     def resume(self, job: JobRef) -> None:
         """Let a paused job go on as it is."""
-        self._http.send("POST", f"{self._path(job)}/resume")
+        self._http.send("POST", f"{self.path(job)}/resume")
 
     def update(self, job_ref: JobRef, new_config: ConfigLike) -> None:
         """Change the reward functions of a running job; the new set scores from one of the next steps on.
 
         Raises RequestError when anything else differs from the job's config, or the new set does not load.
         """
-        self._http.send("PUT", f"{self._path(job_ref)}/config", body=as_config(new_config).to_wire())
+        self._http.send("PUT", f"{self.path(job_ref)}/config", body=as_config(new_config).to_wire())
 
     def estimate_cost(self, *, config: ConfigLike, dataset: DatasetRef) -> float:
         """What the run costs in dollars: nothing, where the machine is yours."""
@@ -141,7 +157,7 @@ class Jobs:
     ) -> dict[str, list[wire.MetricPoint]]:
         """Every series by name, or one of them, as points in order of steps."""
         filters = {"series": series, "after_step": after_step}
-        return self._http.get(f"{self._path(job)}/metrics", _Metrics, filters).series
+        return self._http.get(f"{self.path(job)}/metrics", _Metrics, filters).series
 
     def completions(
         self,
@@ -173,33 +189,44 @@ class Jobs:
             "text": text,
             "order": order,
         }
-        return self._pages(f"{self._path(job)}/completions", wire.CompletionRow, filters)
+        return self._pages(f"{self.path(job)}/completions", wire.CompletionRow, filters)
 
+    @overload
     def reward_logs(
-        self,
-        job: JobRef,
-        *,
-        function: str | None = None,
-        revision: int | None = None,
-        step: int | None = None,
-        outcome: str | None = None,
-        text: str | None = None,
-    ) -> Iterator[wire.RewardLogRow]:
-        """What reward functions printed and how they failed, fetched page by page as it is read."""
-        filters = {"function": function, "revision": revision, "step": step, "outcome": outcome, "text": text}
-        return self._pages(f"{self._path(job)}/reward-logs", wire.RewardLogRow, filters)
+        self, job: JobRef, *, folded: Literal[False] = False, **filters: Unpack[LogFilters]
+    ) -> Iterator[wire.RewardLogRow]: ...
+    @overload
+    def reward_logs(self, job: JobRef, *, folded: Literal[True], **filters: Unpack[LogFilters]) -> wire.FoldedLogs: ...
+    def reward_logs(
+        self, job: JobRef, *, folded: bool = False, **filters: Unpack[LogFilters]
+    ) -> Iterator[wire.RewardLogRow] | wire.FoldedLogs:
+        """Calls of reward functions that printed something or failed, newest steps first, with `every` all calls.
+
+        Filters: `function`, `revision`, `step`, `from_step`, `to_step` (included), `epoch` (a pass over the rows, from
+        1), `phase` ("train" or "eval"), `outcome`, `text` (in prints and errors). Rows are fetched page by page as
+        they are read. `folded=True` makes calls that said the same but for numbers one entry with a count and an
+        example, the most frequent first.
+        """
+        unknown = filters.keys() - LogFilters.__annotations__.keys()
+        if unknown:
+            known = ", ".join(LogFilters.__annotations__)
+            raise ConfigError(f"reward logs have no filter {', '.join(sorted(unknown))!r}; they have {known}")
+        path, query = f"{self.path(job)}/reward-logs", cast(Params, filters)
+        if not folded:
+            return self._pages(path, wire.RewardLogRow, query)
+        return _all_folds(self._http, f"{path}/folded", query)
 
     def events(self, job: JobRef) -> list[wire.JobEvent]:
         """The timeline of the job, oldest first."""
-        return self._http.get(f"{self._path(job)}/events", list[wire.JobEvent])
+        return self._http.get(f"{self.path(job)}/events", list[wire.JobEvent])
 
     def revisions(self, job: JobRef) -> list[wire.Revision]:
         """Every set of reward functions the job has had, oldest first."""
-        return self._http.get(f"{self._path(job)}/revisions", list[wire.Revision])
+        return self._http.get(f"{self.path(job)}/revisions", list[wire.Revision])
 
     def log(self, job: JobRef, attempt: int | None = None) -> str:
         """The end of what the job's process itself wrote, by default in its last attempt."""
-        path = f"{self._path(job)}/log"
+        path = f"{self.path(job)}/log"
         return self._http.send("GET", path, params={"attempt": attempt}).text
 
     def list(
@@ -227,7 +254,8 @@ class Jobs:
             if after is None:
                 return
 
-    def _path(self, ref: JobRef) -> str:
+    def path(self, ref: JobRef) -> str:
+        """Where the job is in the API."""
         return f"{JOBS}/{segment(self._uuid(ref))}"
 
     def _uuid(self, ref: JobRef) -> str:
@@ -236,6 +264,24 @@ class Jobs:
         if isinstance(ref, Mapping):
             return str(ref["uuid"])
         return job_of_version(self._http, wire.AdapterId.parse(ref)) if "/" in ref else ref
+
+
+def _all_folds(transport: Transport, path: str, filters: Params) -> wire.FoldedLogs:
+    """All pages put together: each has folded a part of the log, the newest first."""
+    folds: dict[tuple[str, int, str, str], wire.FoldedLog] = {}
+    others, after = 0, None
+    while True:
+        page = transport.get(path, wire.FoldedLogs, {**filters, "after": after, "limit": MOST_FOLDS})
+        for fold in page.data:
+            key = (fold.function, fold.revision, fold.outcome, fold.gist)
+            if newer := folds.get(key):
+                both = {"count": newer.count + fold.count, "first_step": min(newer.first_step, fold.first_step)}
+                fold = newer.model_copy(update=both)
+            folds[key] = fold
+        others, after = others + page.others, page.next
+        if after is None:
+            most = sorted(folds.values(), key=lambda fold: fold.count, reverse=True)
+            return wire.FoldedLogs(data=most, others=others)
 
 
 def as_config(config: ConfigLike) -> GRPOConfig:

@@ -12,9 +12,12 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from rewardsmith import machine
 from rewardsmith.errors import JobCanceled, LeaseLost, RewardsmithError, ServerLost
+from rewardsmith.rewards.redact import redactor
 from rewardsmith.wire import Finish, JobSpec
 
 if TYPE_CHECKING:
@@ -24,10 +27,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("rewardsmith.job")
 
 YIELDED, LEASE_LOST, SERVER_LOST = 75, 3, 4
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     asked_to_yield = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked_to_yield.set())
@@ -47,6 +51,7 @@ def run_job(ticket: dict[str, Any], asked_to_yield: threading.Event, ranks: Rank
     try:
         with Journal(ticket["url"], ticket["uuid"], ticket["fence"], ticket["token"]) as journal:
             spec = journal.spec()
+            _hide_in_log(spec.secrets)
             finish = _attempt(spec, journal, asked_to_yield, ranks)
             if finish is None:
                 journal.flush(seconds=5)
@@ -89,10 +94,28 @@ def _attempt(spec: JobSpec, journal: Journal, asked_to_yield: threading.Event, r
         return Finish(fence=spec.fence, status="errored", error=message, checkpoint=served)
 
 
+class _Redacting(logging.Formatter):
+    """Lines and tracebacks without the values of secrets."""
+
+    def __init__(self, secrets: Mapping[str, str]) -> None:
+        super().__init__(LOG_FORMAT)
+        self._redact = redactor(secrets)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._redact(super().format(record))
+
+
+def _hide_in_log(secrets: Mapping[str, str]) -> None:
+    for handler in logging.getLogger().handlers if secrets else ():
+        handler.setFormatter(_Redacting(secrets))
+
+
 def _set_threads() -> None:
-    """All cores for torch, waiting without spinning: a spinning thread takes whole time slices from the server."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+    """All cores for torch, waiting without spinning: a spinning thread takes whole time slices from the server.
+
+    OMP_NUM_THREADS may be the user's, or the launcher's, which counts cores that a quota does not pay for.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(machine.threads())
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

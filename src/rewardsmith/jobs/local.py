@@ -31,9 +31,11 @@ from rewardsmith.wire import JOB_MARKER
 PASSED_ON = {
     *("PATH", "HOME", "LANG", "TMPDIR", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME"),
     *("OMP_NUM_THREADS", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"),
+    *("REWARDSMITH_MIN_SANDBOX", "REWARDSMITH_UNSAFE_REWARDS"),
     *("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy"),
 }
-PASSED_ON_PREFIXES = ("LC_", "HF_", "CUDA_", "NVIDIA_", "NCCL_")
+# UV_* and PIP_* say where packages for reward functions come from.
+PASSED_ON_PREFIXES = ("LC_", "HF_", "CUDA_", "NVIDIA_", "NCCL_", "UV_", "PIP_")
 TAIL_BYTES = 64 * 1024
 POLL_SECONDS = 0.05
 KILL_ROUNDS = 100  # what is killed may just be starting something

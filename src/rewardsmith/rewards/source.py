@@ -20,10 +20,12 @@ import sys
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 MAX_SOURCE_BYTES = 256 * 1024
+Per = Literal["completion", "group"]
 PARAMETERS = "(prompt, completion, example)"
+GROUP_PARAMETERS = "(prompt, completions, example)"
 _BATCH_PARAMETERS = {"prompts", "completions"}
 
 # Interactive prompts put names of their own among the builtins; a worker has none of them.
@@ -49,36 +51,61 @@ class Problem(NamedTuple):
         return f"line {self.line}: {self.message}; {self.fix}"
 
 
-def source_of(function: Callable[..., Any]) -> str:
+def source_of(function: Callable[..., Any], per: Per = "completion") -> str:
     """The text of a plain function, moved to the left margin. Raises SourceError if that text cannot stand alone."""
+    text = text_of(function)
+    problems = _problems(text, surroundings(function), per)
+    if problems:
+        raise SourceError("\n".join(str(problem) for problem in problems))
+    return text
+
+
+def text_of(function: Callable[..., Any]) -> str:
+    """The text of a plain function as it stands in its file, moved to the left margin, whatever it needs from outside.
+
+    Raises SourceError if it is no plain function or its text is not there.
+    """
     plain = _plain(function)
     name = plain.__code__.co_name
     try:
         text = _dedented(inspect.getsource(plain))
+        found = getattr(ast.parse(text).body[0], "name", None)
     except (OSError, SyntaxError, tokenize.TokenError):
         raise SourceError(
             f"the source of {name!r} cannot be read: it was typed at a prompt or made by exec, or its file has "
             "changed; put it into a file and import it, or use RewardFunction.from_source(text)"
         ) from None
-    problems = _problems(text, _surroundings(plain))
-    if problems:
-        raise SourceError("\n".join(str(problem) for problem in problems))
-    if ast.parse(text).body[0].name != name:  # type: ignore[attr-defined]
+    if found != name:
         raise SourceError(f"the file of {name!r} has changed since it was imported; import it again")
     return text
 
 
-def check(text: str) -> list[Problem]:
-    """Everything that keeps `text` from being one reward function that stands alone, in the order of its lines."""
-    return _problems(text, {})
+def free_names(text: str, around: Mapping[str, object]) -> dict[str, int]:
+    """The names that `text` reads and does not bind, with the line of their first reading.
+
+    A builtin is one only where `around`, as `surroundings` gives it, has another thing by that name.
+    """
+    names: dict[str, int] = {}
+    for name, line in _unbound_names(_compiled(ast.parse(text), "<reward function>")):
+        if name in around or name not in _BUILTINS:
+            names.setdefault(name, line)
+    return names
 
 
-def compile_function(text: str, filename: str) -> Callable[..., Any]:
+def check(text: str, per: Per = "completion") -> list[Problem]:
+    """Everything that keeps `text` from being one reward function that stands alone, in the order of its lines.
+
+    With `per="group"` it takes all completions of a prompt.
+    """
+    return _problems(text, {}, per)
+
+
+def compile_function(text: str, filename: str, per: Per = "completion") -> Callable[..., Any]:
     """Run `text` in a fresh namespace and return its function. Tracebacks show its lines under `filename`.
 
     Raises SourceError when `check` finds a problem. The text runs with all rights of this process.
     """
-    problems = check(text)
+    problems = check(text, per)
     if problems:
         raise SourceError("\n".join(str(problem) for problem in problems))
     linecache.cache[filename] = (len(text), None, io.StringIO(text).readlines(), filename)
@@ -113,21 +140,28 @@ def _plain(function: object) -> FunctionType:
     return function
 
 
+def rows_inside_strings(text: str) -> set[int]:
+    """The lines, counted from 1, that begin inside a string and belong to it."""
+    rows: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if tokenize.tok_name[token.type] in _STRING_TOKENS:
+            rows.update(range(token.start[0] + 1, token.end[0] + 1))
+    return rows
+
+
 def _dedented(text: str) -> str:
-    """`text` without the margin of its first line. Lines that begin inside a string belong to it and stay."""
+    """`text` without the margin of its first line. Lines that begin inside a string stay."""
     margin = text[: len(text) - len(text.lstrip())]
     if not margin:
         return text
-    inside_string: set[int] = set()
-    for token in tokenize.generate_tokens(io.StringIO(f"if 1:\n{text}").readline):
-        if tokenize.tok_name[token.type] in _STRING_TOKENS:
-            inside_string.update(range(token.start[0], token.end[0]))
+    inside_string = {row - 1 for row in rows_inside_strings(f"if 1:\n{text}")}
     rows = enumerate(io.StringIO(text), 1)
     return "".join(line if row in inside_string else line.removeprefix(margin) for row, line in rows)
 
 
-def _surroundings(function: FunctionType) -> dict[str, object]:
+def surroundings(function: Callable[..., Any]) -> dict[str, object]:
     """What names mean around the function, other than the builtins do: none of it travels."""
+    function = _plain(function)
     found = {
         name: value
         for name, value in function.__globals__.items()
@@ -159,7 +193,7 @@ def _fix_for(name: str, value: object) -> str:
 # ---- judging the text -----------------------------------------------------------------------------------------------
 
 
-def _problems(text: str, surroundings: Mapping[str, object]) -> list[Problem]:
+def _problems(text: str, surroundings: Mapping[str, object], per: Per) -> list[Problem]:
     if len(text.encode(errors="replace")) > MAX_SOURCE_BYTES:
         return [
             Problem(1, f"the source is longer than {MAX_SOURCE_BYTES // 1024} kB", "keep data in the dataset's rows")
@@ -176,7 +210,7 @@ def _problems(text: str, surroundings: Mapping[str, object]) -> list[Problem]:
         return [Problem(1, "there is no function", f"write one, `def reward{PARAMETERS}`")]
     problems = [
         *_problems_of_place(tree, functions[0]),
-        *_problems_of_signature(functions[0]),
+        *_problems_of_signature(functions[0], per),
         *_problems_of_kind(functions[0], code),
         *_problems_of_names(code, surroundings),
     ]
@@ -220,25 +254,31 @@ def _problems_of_place(tree: ast.Module, function: ast.FunctionDef | ast.AsyncFu
             yield Problem(decorator.lineno, message, "remove it and do its work inside the function")
 
 
-def _problems_of_signature(function: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[Problem]:
-    given = function.args
+def _problems_of_signature(function: ast.FunctionDef | ast.AsyncFunctionDef, per: Per) -> Iterator[Problem]:
+    given, wanted = function.args, GROUP_PARAMETERS if per == "group" else PARAMETERS
     names = [argument.arg for argument in (*given.posonlyargs, *given.args)]
-    shown, fix = f"`{function.name}({ast.unparse(given)})`", f"write `def {function.name}{PARAMETERS}`"
-    if _BATCH_PARAMETERS & {*names, *(argument.arg for argument in given.kwonlyargs)}:
-        yield Problem(function.lineno, f"{shown} takes whole batches, but one call scores one completion", fix)
-    elif len(names) != 3 or given.vararg or given.kwonlyargs or given.kwarg:
+    shown, fix = f"`{function.name}({ast.unparse(given)})`", f"write `def {function.name}{wanted}`"
+    if per == "completion" and names == _names(GROUP_PARAMETERS):
+        message = f"{shown} takes all completions of a prompt, but one call scores one completion"
+        yield Problem(function.lineno, message, f"{fix}, or give it as RewardFunction with per='group'")
+    elif (_BATCH_PARAMETERS - {*_names(wanted)}) & {*names, *(a.arg for a in given.kwonlyargs)}:
+        one = "the completions of one prompt" if per == "group" else "one completion"
+        yield Problem(function.lineno, f"{shown} takes whole batches, but one call scores {one}", fix)
+    elif len(names) != 3 or given.vararg or None in given.kw_defaults or given.kwarg:
         yield Problem(function.lineno, f"{shown} does not have exactly three parameters", fix)
-    elif f"({', '.join(names)})" != PARAMETERS and set(names) == {"prompt", "completion", "example"}:
+    elif names != _names(wanted) and set(names) == {*_names(wanted)}:
         yield Problem(function.lineno, f"{shown} has its parameters in another order than they are given", fix)
+    elif per == "group" and names[1] == "completion":
+        yield Problem(function.lineno, f"{shown} takes one completion, but per='group' gives it all of a prompt", fix)
+
+
+def _names(parameters: str) -> list[str]:
+    return parameters.strip("()").split(", ")
 
 
 def _problems_of_kind(function: ast.FunctionDef | ast.AsyncFunctionDef, code: CodeType) -> Iterator[Problem]:
-    if isinstance(function, ast.AsyncFunctionDef):
-        fix = "write `def`; call `asyncio.run` inside where you need it"
-        yield Problem(function.lineno, f"`{function.name}` is async", fix)
-        return
     own = next(part for part in _parts(code) if part.co_name == function.name)
-    if own.co_flags & inspect.CO_GENERATOR:
+    if own.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR):
         lines = (_line(step, own) for step in dis.get_instructions(own) if step.opname == "YIELD_VALUE")
         yield Problem(
             next(lines, function.lineno),

@@ -26,7 +26,7 @@ from rewardsmith.rollout.engine import (
     text_config,
     with_text,
 )
-from rewardsmith.rollout.sampling import Cut, Support, draw, log_probs, uniforms
+from rewardsmith.rollout.sampling import Cut, GrowingSupport, draw, log_probs, uniforms
 
 if TYPE_CHECKING:
     from rewardsmith.config import SamplingParamsConfig
@@ -116,7 +116,7 @@ class PlainEngine:
         length_B = torch.zeros(count, dtype=torch.long, device=device)
         stopped_B = torch.zeros(count, dtype=torch.bool, device=device)
         cut = Cut(params.top_k, params.top_p, params.min_p)
-        support_B: list[list[Tensor]] = [[] for _ in seeds]
+        support_B = [GrowingSupport() for _ in seeds]
 
         batch = _Batch(self._model, prompts, num_generations, longest)
         logits_bV = batch.first_logits()
@@ -128,8 +128,9 @@ class PlainEngine:
             drawn = draw(all_logps_bV, uniforms(seeds_B[rows_b], position), cut)
             ids_BT[rows_b, position] = drawn.ids_B
             logps_BT[rows_b, position] = drawn.logps_B.double()
-            for row, possible in zip(rows_b.tolist(), drawn.support or [], strict=False):
-                support_B[row].append(possible)
+            for place, possible in enumerate(drawn.support or []):
+                if open_b[place]:
+                    support_B[int(rows_b[place])].add(possible)
             stopping_b = open_b & torch.isin(drawn.ids_B, stops)
             if params.stop:
                 for place, row in enumerate(rows_b.tolist()):
@@ -154,7 +155,7 @@ class PlainEngine:
         for i, (length, stopped) in enumerate(zip(length_B.tolist(), stopped_B.tolist(), strict=True)):
             ids, logps = ids_BT[i, :length].tolist(), logps_BT[i, :length].tolist()
             check_logps(logps)
-            support = Support.of(support_B[i][:length]) if cut.acts else None
+            support = support_B[i].whole() if cut.acts else None
             completion = Completion(ids, logps, "stop" if stopped else "length", support=support)
             prompt = prompts[i // num_generations]
             completions.append(with_text(completion, prompt, self._decode, self._stop_ids, params.stop))

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rewardsmith.errors import ModelError
+
+MOST_IDS = 2**22  # in the support of one completion, all tokens together: 16 MiB
 _WIDTH = 64  # entries summed up at once when cumulating a whole vocabulary
 _LIKELIEST = 64  # tokens looked at first when cutting by top-p
 
@@ -60,6 +63,28 @@ class Support:
         """Of the first `tokens` tokens."""
         offsets = self.offsets[: tokens + 1]
         return Support(self.ids[: int(offsets[-1])], offsets)
+
+
+class GrowingSupport:
+    """The support of a completion that is being sampled, token by token."""
+
+    def __init__(self) -> None:
+        self._ids_by_token: list[Tensor] = []
+        self._count = 0
+
+    def add(self, ids: Tensor) -> None:
+        """Of the next token. Raises ModelError when all of them together are more than `MOST_IDS`."""
+        self._count += len(ids)
+        if self._count > MOST_IDS:
+            raise ModelError(
+                f"the first {len(self._ids_by_token) + 1} tokens of a completion could be chosen from more than "
+                f"{MOST_IDS} ids in all, too many to keep for the update. Set sampling_params.top_k, to 1000 for "
+                "instance, or cut more by top_p or min_p"
+            )
+        self._ids_by_token.append(ids)
+
+    def whole(self) -> Support:
+        return Support.of(self._ids_by_token)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from rewardsmith.errors import RewardsmithError
 from rewardsmith.home import ServerConfig
 from rewardsmith.server import boundary
 from rewardsmith.server.auth import Authenticate, Caller
+from rewardsmith.server.dry_run import Turns
 from rewardsmith.server.links import Links
-from rewardsmith.server.routes import adapters, datasets, jobs, journal, repos, users
+from rewardsmith.server.routes import adapters, datasets, jobs, journal, repos, revisions, sandbox, secrets, users
 from rewardsmith.store import Store
 
 
@@ -51,8 +52,9 @@ def create_app(config: ServerConfig, store: Store) -> FastAPI:
     app.state.store = store
     app.state.config = config
     app.state.links = Links()
+    app.state.dry_runs = Turns()
     app.state.closing = threading.Event()
-    for module in (users, repos, adapters, datasets, jobs, journal):
+    for module in (users, repos, adapters, datasets, jobs, revisions, secrets, journal, sandbox):
         app.include_router(module.router)
 
     @app.get("/openapi.json", include_in_schema=False)

@@ -1,4 +1,4 @@
-"""What routes work with: the store, the config and the key for presigned links, as FastAPI dependencies."""
+"""What routes work with: the store, the config, the key for presigned links, turns of dry runs; as dependencies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from rewardsmith.home import ServerConfig
+from rewardsmith.server.dry_run import Turns
 from rewardsmith.server.links import Links
 from rewardsmith.store import Store
 
@@ -25,6 +26,11 @@ async def _links(connection: HTTPConnection) -> Links:
     return cast(Links, connection.app.state.links)
 
 
+async def _dry_runs(connection: HTTPConnection) -> Turns:
+    return cast(Turns, connection.app.state.dry_runs)
+
+
 StoreOf = Annotated[Store, Depends(_store)]
 ConfigOf = Annotated[ServerConfig, Depends(_config)]
 LinksOf = Annotated[Links, Depends(_links)]
+DryRunsOf = Annotated[Turns, Depends(_dry_runs)]

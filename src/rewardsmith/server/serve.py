@@ -204,7 +204,12 @@ def _listener(config: ServerConfig) -> Iterator[socket.socket]:
 
 @contextmanager
 def _store(config: ServerConfig) -> Iterator[Store]:
-    store = Store(config.database_url, config.artifacts_url, max_dataset_bytes=config.max_dataset_bytes)
+    store = Store(
+        config.database_url,
+        config.artifacts_url,
+        max_dataset_bytes=config.max_dataset_bytes,
+        key_file=config.key_file,
+    )
     with closing(store):
         yield store
 

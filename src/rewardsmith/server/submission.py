@@ -1,23 +1,21 @@
 """From what a user sent to what a job runs: a checked, complete config and reward functions that really load.
 
-`check_job` is for a new job, `check_change` for a live change of one. Both refuse with a sentence that names the
-field and the fix; nothing is stored here. What is inherited from the adapter that a run continues: contract 2.2.
+`check_job` is for a new job; a live change of one is in `changes`. Refusals are sentences that name the field and the
+fix; nothing is stored here. What is inherited from the adapter that a run continues: contract 2.2.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from importlib import metadata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from packaging.requirements import InvalidRequirement, Requirement
-
 from rewardsmith import catalog, wire
-from rewardsmith.config import DEFAULT_TRAIN_STEPS, GRPOConfig
+from rewardsmith.config import DEFAULT_TRAIN_STEPS, STORED, GRPOConfig, hidden_secret
 from rewardsmith.errors import ConfigError, RewardPoolError, RewardSourceError
 from rewardsmith.reward_config import RewardFunctionsConfig
+from rewardsmith.rewards import packages, source
 from rewardsmith.rewards.pool import RewardPool
 from rewardsmith.store import Store
 
@@ -27,7 +25,7 @@ FIXED_WHEN_CONTINUING = ("base_model", "rank", "lora_alpha", "target_modules")
 
 @dataclass(frozen=True)
 class Change:
-    """Reward functions that may be used. `params` is the whole config with them, as it is stored."""
+    """Reward functions that may be used. `params` is the whole config with them, as it is stored: without secrets."""
 
     params: dict[str, Any]
     functions: list[wire.RevisionFunction]
@@ -40,6 +38,7 @@ class Submission(Change):
     dataset: str
     base_model: str
     base_model_source: str
+    secrets: dict[str, str] = field(repr=False)
 
 
 def check_job(request: wire.JobRequest, store: Store) -> Submission:
@@ -52,44 +51,19 @@ def check_job(request: wire.JobRequest, store: Store) -> Submission:
         raise ConfigError("base_model is not set; only a run that continues a version may leave it out")
     if dataset is None:
         raise ConfigError("dataset is not set; only a run that continues a version may leave it out")
-    if config.secrets:
-        raise ConfigError("secrets are not supported: this server has no place to keep them safe. Leave the field out")
     base_model_source = catalog.source_of(config.base_model)
     _check_context(config, config.base_model)
     store.datasets.get(dataset)
     if config.train_steps is None and config.epochs is None:
         config.train_steps = DEFAULT_TRAIN_STEPS
     return Submission(
-        params=config.model_dump(mode="json", by_alias=True),
+        params=_without_secrets(config),
+        secrets=config.secrets,
         dataset=dataset,
         base_model=config.base_model,
         base_model_source=base_model_source,
-        functions=_checked_functions(config.reward_fns),
+        functions=checked_functions(config.reward_fns),
     )
-
-
-def check_change(job: wire.Job, sent: dict[str, Any]) -> Change | None:
-    """The reward functions of `sent` in the config of `job`; None when they are those it has.
-
-    A field that is missing or None in `sent` keeps its value, and so do settings of a function that keeps its name.
-    Raises ConfigError naming every other field that differs.
-    """
-    stored, change = GRPOConfig(**job.params), GRPOConfig(**sent)
-    before = stored.model_dump(mode="json")
-    differing = sorted(_differences(change.model_dump(mode="json", exclude_unset=True, exclude={"reward_fns"}), before))
-    if differing:
-        raise ConfigError(
-            f"only reward_fns can change while a job runs; these differ from its config: {', '.join(differing)}. "
-            "Start a new job for them, with continue_from_version to go on from here"
-        )
-    if "reward_fns" not in change.model_fields_set:
-        return None
-    rewards = _merged(stored.reward_fns, change.reward_fns)
-    if rewards == stored.reward_fns:
-        return None
-    functions = _checked_functions(rewards)
-    stored.reward_fns = rewards
-    return Change(params=stored.model_dump(mode="json", by_alias=True), functions=functions)
 
 
 def _parent(ref: str, store: Store) -> wire.Job:
@@ -122,68 +96,49 @@ def _check_context(config: GRPOConfig, base_model: str) -> None:
         )
 
 
-def _merged(stored: RewardFunctionsConfig, sent: RewardFunctionsConfig) -> RewardFunctionsConfig:
-    """The functions that were sent, with what they leave unset taken from the stored one of the same name.
+def _without_secrets(config: GRPOConfig) -> dict[str, Any]:
+    """The whole config, with names only where values were given."""
+    shown = {name: value if value.startswith(STORED) else hidden_secret(name) for name, value in config.secrets.items()}
+    return config.model_dump(mode="json", by_alias=True) | {"secrets": shown}
 
-    The stock SDK sends sources and nothing else, also of functions that it did not touch (contract 1.6).
+
+def checked_functions(rewards: RewardFunctionsConfig) -> list[wire.RevisionFunction]:
+    """The set as a revision keeps it, after every function has been loaded as the job loads it.
+
+    Where packages have to be installed first, only the texts are checked: the job installs them before it loads.
     """
-    functions = {}
-    for name, function in sent.functions.items():
-        inherited = stored.functions[name].model_dump() if name in stored.functions else {}
-        functions[name] = {**inherited, **function.model_dump(exclude_unset=True)}
-    runtime = sent.runtime if "packages" in sent.runtime.model_fields_set else stored.runtime
-    return RewardFunctionsConfig(functions=functions, runtime=runtime)
-
-
-def _differences(sent: Mapping[str, Any], stored: Mapping[str, Any], above: str = "") -> Iterator[str]:
-    for name, value in sent.items():
-        if isinstance(value, Mapping) and isinstance(stored[name], Mapping):
-            yield from _differences(value, stored[name], f"{above}{name}.")
-        elif value is not None and value != stored[name]:
-            yield above + name
-
-
-def _checked_functions(rewards: RewardFunctionsConfig) -> list[wire.RevisionFunction]:
-    """The set as a revision keeps it, after every function has been loaded as the job loads it."""
     if not rewards.functions:
         raise ConfigError("reward_fns has no functions; a run needs at least one")
-    for package in rewards.runtime.packages:
-        _require_installed(package)
-    functions = [
-        wire.RevisionFunction(
-            name=name,
-            source=function.source,
-            source_sha256=hashlib.sha256(function.source.encode()).hexdigest(),
-            weight=function.weight,
-            on_error=function.on_error,
-            none=function.none,
-        )
-        for name, function in rewards.functions.items()
-    ]
+    functions = as_revision(rewards)
+    environment = packages.at_hand(rewards.runtime.packages)
+    if environment is None:
+        _check_texts(functions)
+        return functions
     try:
-        with RewardPool(functions, workers=1):
+        with (
+            environment,
+            RewardPool(functions, workers=1, runtime=rewards.runtime, site_dirs=environment.folders),
+        ):
             return functions
     except RewardPoolError as error:
         raise RewardSourceError(error.message) from None
 
 
-def _require_installed(package: str) -> None:
-    """Raises ConfigError for a requirement that the server's own environment does not satisfy."""
-    field = f"reward_fns.runtime.packages: {package!r}"
-    try:
-        requirement = Requirement(package)
-    except InvalidRequirement as error:
-        raise ConfigError(f"{field} is no pip requirement: {error}") from None
-    if requirement.url:
-        raise ConfigError(f"{field} is a URL; name a package that is installed where the server runs")
-    if requirement.marker and not requirement.marker.evaluate():
-        return
-    try:
-        installed = metadata.version(requirement.name)
-    except metadata.PackageNotFoundError:
-        raise ConfigError(
-            f"{field} is not installed where the server runs, and packages are not installed for a job; "
-            f"run `pip install {requirement.name}` there"
-        ) from None
-    if not requirement.specifier.contains(installed, prereleases=True):
-        raise ConfigError(f"{field} does not fit the installed version {installed}")
+def _check_texts(functions: Sequence[wire.RevisionFunction]) -> None:
+    for function in functions:
+        problems = source.check(function.source, per=function.per)
+        if problems:
+            raise RewardSourceError(f"reward function {function.name!r}: " + "\n".join(map(str, problems)))
+
+
+def as_revision(rewards: RewardFunctionsConfig) -> list[wire.RevisionFunction]:
+    """The functions in the form that travels to the job, not loaded yet."""
+    return [
+        wire.RevisionFunction(
+            name=name,
+            source=function.source,
+            source_sha256=hashlib.sha256(function.source.encode()).hexdigest(),
+            **function.model_dump(exclude={"encoded_fn"}),
+        )
+        for name, function in rewards.functions.items()
+    ]

@@ -5,6 +5,8 @@ The current revision is the newest that was not refused; it is effective from th
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +24,25 @@ def add(
     params: dict[str, Any],
     functions: Sequence[wire.RevisionFunction],
     created_by: str,
+    *,
+    note: str | None = None,
+    compared_steps: int = 0,
+    base: int | None = None,
 ) -> wire.Revision:
-    """The first revision is effective from step 1, a later one when the process says so; a later one ends a pause."""
+    """The first revision is effective from step 1, a later one when the process says so; a later one ends a pause.
+
+    `base` is the revision that the change was made from: raises Conflict when it is no longer the present one.
+    """
     if job.status in wire.TERMINAL:
         raise Conflict(f"job {job.uuid} has ended ({job.status}); its reward functions cannot change any more")
-    newest = connection.scalar(select(func.max(revisions.c.revision)).where(revisions.c.job_id == job.id)) or 0
+    mine = revisions.c.job_id == job.id
+    newest = connection.scalar(select(func.max(revisions.c.revision)).where(mine)) or 0
+    present = connection.scalar(select(func.max(revisions.c.revision)).where(mine, revisions.c.refused.is_(None)))
+    if base is not None and base != present:
+        raise Conflict(
+            f"the reward functions of job {job.uuid} changed meanwhile: this change was made from revision {base}, the "
+            f"present one is {present}. Look at it and make the change again"
+        )
     row = {
         "job_id": job.id,
         "revision": newest + 1,
@@ -35,11 +51,14 @@ def add(
         "functions": [function.model_dump(mode="json") for function in functions],
         "created_by": created_by,
         "created_at": now(),
+        "note": note,
+        "compared_steps": compared_steps,
     }
     connection.execute(insert(revisions).values(row))
     if newest:
         names = ", ".join(function.name for function in functions)
-        jobrows.record(connection, job, "revision", f"revision {newest + 1} by {created_by}: {names}", step=job.step)
+        message = f"revision {newest + 1} by {created_by}: {names}" + (f" ({note})" if note else "")
+        jobrows.record(connection, job, "revision", message, step=job.step)
         resume(connection, job, f"resumed by revision {newest + 1}")
     return one(connection, job, newest + 1)
 
@@ -54,12 +73,22 @@ def resume(connection: Connection, job: Row[Any], message: str) -> None:
 def every(connection: Connection, job: Row[Any]) -> list[wire.Revision]:
     """Oldest first."""
     query = select(revisions).where(revisions.c.job_id == job.id).order_by(revisions.c.revision)
-    return [_as_wire(row) for row in connection.execute(query)]
+    found, before = list[wire.Revision](), None
+    for row in connection.execute(query):
+        found.append(_as_wire(row, before))
+        before = row.revision if row.effective_step is not None else before
+    return found
 
 
 def one(connection: Connection, job: Row[Any], number: int) -> wire.Revision:
     """Raises NotFound."""
-    return _as_wire(_row(connection, job, number))
+    return _as_wire(_row(connection, job, number), _before(connection, job, number))
+
+
+def config_with(connection: Connection, job: Row[Any], number: int) -> dict[str, Any]:
+    """The job's whole config as it was with revision `number`. Raises NotFound."""
+    params: dict[str, Any] = _row(connection, job, number).params
+    return params
 
 
 def settle(connection: Connection, job: Row[Any], number: int, *, step: int | None, refused: str | None) -> bool:
@@ -85,7 +114,7 @@ def in_effect_at(connection: Connection, job: Row[Any], step: int) -> tuple[wire
         .order_by(revisions.c.revision.desc())
         .limit(1)
     ).one()
-    return _as_wire(row), row.params
+    return _as_wire(row, _before(connection, job, row.revision)), row.params
 
 
 def truncate(connection: Connection, job: Row[Any], step: int) -> None:
@@ -102,12 +131,32 @@ def _row(connection: Connection, job: Row[Any], number: int) -> Row[Any]:
     return row
 
 
-def _as_wire(row: Row[Any]) -> wire.Revision:
+def _before(connection: Connection, job: Row[Any], number: int) -> int | None:
+    """The revision that was in effect before `number`."""
+    earlier = (revisions.c.job_id == job.id) & (revisions.c.revision < number)
+    query = select(func.max(revisions.c.revision)).where(earlier, revisions.c.effective_step.is_not(None))
+    number_before: int | None = connection.scalar(query)
+    return number_before
+
+
+def _as_wire(row: Row[Any], replaces: int | None) -> wire.Revision:
+    functions = [wire.RevisionFunction(**function) for function in row.functions]
     return wire.Revision(
         revision=row.revision,
         created_at=row.created_at,
         created_by=row.created_by,
+        note=row.note,
+        sha256=_digest(functions),
+        replaces=replaces,
         effective_step=row.effective_step,
         refused=row.refused,
-        functions=[wire.RevisionFunction(**function) for function in row.functions],
+        compared_steps=row.compared_steps,
+        functions=functions,
+        runtime=row.params.get("rewardFns", {}).get("runtime") or {},
     )
+
+
+def _digest(functions: Sequence[wire.RevisionFunction]) -> str:
+    """Of what is set: a setting that a later version of this package adds does not make old sets other ones."""
+    content = [function.model_dump(mode="json", exclude_defaults=True) for function in functions]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -7,7 +7,7 @@ ended answers it with Conflict. Every change of state appends to the timeline in
 from __future__ import annotations
 
 import builtins
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal
 from uuid import uuid4
@@ -16,21 +16,23 @@ from sqlalchemy import Connection, Row, insert, select, update
 
 from rewardsmith import wire
 from rewardsmith.errors import ConfigError, Conflict
-from rewardsmith.store import jobqueue, jobrows, reports, revisions
+from rewardsmith.store import jobqueue, jobrows, reports, revisions, secrets
 from rewardsmith.store.adapters import find_adapter, find_repo, find_version
 from rewardsmith.store.artifacts import Artifacts
 from rewardsmith.store.database import Database
 from rewardsmith.store.datasets import dataset_path, find_dataset
 from rewardsmith.store.jobqueue import Claim, LiveJob
 from rewardsmith.store.schema import job_events, jobs, now, repos, users, versions
+from rewardsmith.store.seal import Seal
 
 REPEAT_WINDOW = timedelta(seconds=30)
 
 
 class Runs:
-    def __init__(self, database: Database, artifacts: Artifacts) -> None:
+    def __init__(self, database: Database, artifacts: Artifacts, seal: Seal) -> None:
         self._database = database
         self._artifacts = artifacts
+        self._seal = seal
 
     # ---- users
 
@@ -48,8 +50,10 @@ class Runs:
         continue_from: str | None = None,
         idempotency_key: str | None = None,
         body_sha256: str | None = None,
+        job_secrets: Mapping[str, str] | None = None,
     ) -> wire.Job:
-        """A queued job with its adapter version and revision 1. `params` is the whole config with its defaults.
+        """A queued job with its adapter version and revision 1. `params` is the whole config with its defaults, and
+        has no secrets in it: those are `job_secrets`.
 
         `repo` and `dataset` are refs, `continue_from` an adapter id. A repeated request (see `find_repeat`) gives
         the first job. Raises NotFound, ConfigError, and Conflict for a key that was used with another body.
@@ -85,7 +89,9 @@ class Runs:
             }
             uuid = _insert(connection, version, job)
             created_by = connection.scalar(select(users.c.username).where(users.c.id == user_id)) or ""
-            revisions.add(connection, jobrows.find(connection, uuid), params, functions, created_by)
+            made = jobrows.find(connection, uuid)
+            revisions.add(connection, made, params, functions, created_by)
+            secrets.attach(connection, self._seal, made, job_secrets or {})
             return jobrows.load(connection, uuid)
 
     def find_repeat(self, user_id: int, idempotency_key: str | None, body_sha256: str | None) -> wire.Job | None:
@@ -156,14 +162,30 @@ class Runs:
     # ---- revisions
 
     def add_revision(
-        self, uuid: str, params: dict[str, Any], functions: Sequence[wire.RevisionFunction], created_by: str
+        self,
+        uuid: str,
+        params: dict[str, Any],
+        functions: Sequence[wire.RevisionFunction],
+        created_by: str,
+        *,
+        note: str | None = None,
+        compared_steps: int = 0,
+        base: int | None = None,
     ) -> wire.Revision:
         """The next revision, not yet effective; `params` is the whole config with it. A pause ends.
 
-        Raises Conflict for a job that has ended.
+        Raises Conflict for a job that has ended, and when `base`, from which the change was made, is not the present
+        revision any more.
         """
         with self._database.write() as connection:
-            return revisions.add(connection, jobrows.find(connection, uuid), params, functions, created_by)
+            job = jobrows.find(connection, uuid)
+            more: dict[str, Any] = {"note": note, "compared_steps": compared_steps, "base": base}
+            return revisions.add(connection, job, params, functions, created_by, **more)
+
+    def config_with(self, uuid: str, revision: int) -> dict[str, Any]:
+        """The job's whole config as it was with that revision. Raises NotFound."""
+        with self._database.read() as connection:
+            return revisions.config_with(connection, jobrows.find(connection, uuid), revision)
 
     def revisions(self, uuid: str) -> builtins.list[wire.Revision]:
         """Oldest first."""
@@ -220,7 +242,8 @@ class Runs:
     def spec(self, uuid: str, fence: int) -> wire.JobSpec:
         """`revision` is the one in effect at the resume point; a newer one follows by Control."""
         with self._database.write() as connection:
-            return jobqueue.spec(connection, uuid, fence, self._artifacts.url)
+            spec = jobqueue.spec(connection, uuid, fence, self._artifacts.url)
+            return spec.model_copy(update={"secrets": secrets.of_job(connection, self._seal, uuid)})
 
     def heartbeat(self, uuid: str, heartbeat: wire.Heartbeat, lease_seconds: float) -> wire.Control:
         with self._database.write() as connection:

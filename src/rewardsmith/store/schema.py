@@ -20,6 +20,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -214,6 +215,8 @@ revisions = Table(
     Column("params", JSON, nullable=False),  # the job's whole config with this revision
     Column("functions", JSON, nullable=False),
     Column("created_by", String(100), nullable=False),
+    Column("note", Text),
+    Column("compared_steps", Integer, nullable=False, server_default="0"),  # for which old functions are scored on
     _created_at(),
 )
 
@@ -263,4 +266,26 @@ segments = Table(
     Column("bytes", Integer, nullable=False),
     Column("path", Text, nullable=False, unique=True),
     Column("sha256", String(64), nullable=False),
+)
+
+secrets = Table(
+    "secrets",
+    metadata,
+    _id(),
+    _owned_by("users"),
+    Column("key", String(200), nullable=False),
+    Column("sealed", LargeBinary, nullable=False),  # see store.secrets
+    _created_at(),
+    Column("updated_at", UTCDateTime, nullable=False),
+    UniqueConstraint("user_id", "key"),
+)
+
+# What a job's reward functions see. With the version, so that it goes when nothing can continue the job any more.
+job_secrets = Table(
+    "job_secrets",
+    metadata,
+    _owned_by("versions", primary_key=True),
+    Column("name", String(100), primary_key=True),
+    Column("secret_id", ForeignKey("secrets.id", ondelete="SET NULL"), index=True),  # one of the user's stored ones
+    Column("sealed", LargeBinary),  # or a value that came with the job
 )

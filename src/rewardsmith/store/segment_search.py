@@ -3,7 +3,7 @@
 The manifest says which files there are; they are read a few at a time from the asked end on until a page is full, so
 a page costs the same in a long run. A page continues by key, (step, phase, idx[, function]): segments that arrive in
 between neither repeat nor lose a row. DuckDB sees the artifacts and nothing else, and every value is a parameter;
-conditions and column names come from `completions.py` alone.
+conditions and column names come from `completions.py` and `reward_logs.py` alone.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import binascii
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -95,6 +96,10 @@ def manifest(connection: Connection, job_id: int, search: Search) -> list[Row[An
     for column in (segments.c.step, segments.c.phase):
         if search.value(column.name) is not None:
             query = query.where(column == search.value(column.name))
+    if search.value("from_step") is not None:
+        query = query.where(segments.c.step >= search.value("from_step"))
+    if search.value("to_step") is not None:
+        query = query.where(segments.c.step <= search.value("to_step"))
     if position is not None:
         reached = position.step if position.key is not None else position.step + (-1 if newest else 1)
         query = query.where(segments.c.step <= reached if newest else segments.c.step >= reached)
@@ -106,10 +111,8 @@ def page(files: Sequence[Row[Any]], artifacts: Artifacts, search: Search) -> tup
     """The rows of one page and the cursor behind it, None at the end."""
     deadline = time.monotonic() + SEARCH_SECONDS
     rows: list[dict[str, Any]] = []
-    with duckdb.connect(":memory:", config=ENGINE) as engine:
-        engine.execute("SET allowed_directories = $folders", {"folders": [str(artifacts.local_root)]})
-        engine.execute("SET enable_external_access = false")
-        for batch in _batches(files, search.limit + 1):
+    with opened(artifacts) as engine:
+        for batch in batches(files, search.limit + 1):
             paths = [str(artifacts.fetch(file.path)) for file in batch]
             rows += _query(engine, paths, search, search.limit + 1 - len(rows))
             if len(rows) > search.limit:
@@ -120,7 +123,16 @@ def page(files: Sequence[Row[Any]], artifacts: Artifacts, search: Search) -> tup
     return rows, None
 
 
-def _batches(files: Sequence[Row[Any]], rows_wanted: int) -> Iterator[list[Row[Any]]]:
+@contextmanager
+def opened(artifacts: Artifacts) -> Iterator[duckdb.DuckDBPyConnection]:
+    """DuckDB over the artifacts."""
+    with duckdb.connect(":memory:", config=ENGINE) as engine:
+        engine.execute("SET allowed_directories = $folders", {"folders": [str(artifacts.local_root)]})
+        engine.execute("SET enable_external_access = false")
+        yield engine
+
+
+def batches(files: Sequence[Row[Any]], rows_wanted: int) -> Iterator[list[Row[Any]]]:
     """Files to read together, never half a step: first as many as could fill the page, then ever more."""
     batch: list[Row[Any]] = []
     most: int | None = None
@@ -134,23 +146,36 @@ def _batches(files: Sequence[Row[Any]], rows_wanted: int) -> Iterator[list[Row[A
 
 
 def _query(engine: duckdb.DuckDBPyConnection, paths: Sequence[str], search: Search, limit: int) -> list[dict[str, Any]]:
-    filters = {name: pair for name, pair in search.filters.items() if pair[1] is not None}
-    conditions = [condition for condition, _ in filters.values()]
-    values: dict[str, Any] = {name: value for name, (_, value) in filters.items()}
-    direction, beyond = ("DESC", "<") if search.order == "newest" else ("ASC", ">")
-    key, position = ", ".join(map(_quoted, search.key)), search.position()
-    if position is not None and position.key is not None:
-        last = ", ".join(f"$last_{name}" for name in search.key)
-        conditions.append(f"(step {beyond} $last_step OR (step = $last_step AND ({key}) > ({last})))")
-        values["last_step"] = position.step
-        values |= {f"last_{name}": value for name, value in zip(search.key, position.key, strict=True)}
+    condition, values = where(search)
+    direction = "DESC" if search.order == "newest" else "ASC"
+    key = ", ".join(map(quoted, search.key))
     found = engine.execute(
-        f"SELECT {', '.join(map(_quoted, search.columns))} FROM read_parquet($paths) "
-        f"WHERE {' AND '.join(conditions) or 'true'} ORDER BY step {direction}, {key} LIMIT $limit",
+        f"SELECT {', '.join(map(quoted, search.columns))} FROM read_parquet($paths) "
+        f"WHERE {condition} ORDER BY step {direction}, {key} LIMIT $limit",
         values | {"paths": paths, "limit": limit},
     )
     return [dict(zip(search.columns, row, strict=True)) for row in found.fetchall()]
 
 
-def _quoted(name: str) -> str:
+def where(search: Search) -> tuple[str, dict[str, Any]]:
+    """The condition for rows that fit the filters and lie behind the last page, and its parameters."""
+    filters = {name: pair for name, pair in search.filters.items() if pair[1] is not None}
+    conditions = [condition for condition, _ in filters.values()]
+    values: dict[str, Any] = {name: value for name, (_, value) in filters.items()}
+    position = search.position()
+    if position is not None and position.key is not None:
+        beyond = "<" if search.order == "newest" else ">"
+        key, last = ", ".join(map(quoted, search.key)), ", ".join(f"$last_{name}" for name in search.key)
+        conditions.append(f"(step {beyond} $last_step OR (step = $last_step AND ({key}) > ({last})))")
+        values["last_step"] = position.step
+        values |= {f"last_{name}": value for name, value in zip(search.key, position.key, strict=True)}
+    return " AND ".join(conditions) or "true", values
+
+
+def quoted(name: str) -> str:
     return f'"{name}"'
+
+
+def holds(*columns: str) -> str:
+    """The condition that one of the columns has $text in it, in any case."""
+    return "(" + " OR ".join(f"contains(lower({column}), lower($text))" for column in columns) + ")"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import DeliveryError
+from rewardsmith.rollout.sampling import completion_seed
 from rewardsmith.train.batch import Example
 from rewardsmith.train.losses import k3
 from rewardsmith.train.plain import PlainPath
@@ -52,8 +53,8 @@ class Mismatch:
 
 
 def probe(plain: PlainPath, examples: Sequence[Example], config: GRPOConfig, step: int) -> Mismatch:
-    """Of one completion by the plain path; another place in the batch every step."""
-    example = examples[step * 7 % len(examples)]
+    """Of one completion by the plain path."""
+    example = examples[probed(config.seed, step, len(examples))]
     part = replace(
         example,
         completion=example.completion[:PROBE_TOKENS],
@@ -62,6 +63,11 @@ def probe(plain: PlainPath, examples: Sequence[Example], config: GRPOConfig, ste
     (trainer_N,) = plain.policy_logps([part], config)
     sampler_N = torch.tensor(example.sampler_logps[:PROBE_TOKENS], dtype=torch.float64)
     return Mismatch.of(trainer_N.double().cpu(), sampler_N)
+
+
+def probed(seed: int, step: int, count: int) -> int:
+    """Which of `count` completions: drawn anew every step, so that in time every place has its turn."""
+    return completion_seed(seed, "probe", step) % count
 
 
 def of_batch(examples: Sequence[Example], logps: Sequence[Tensor | None]) -> Mismatch | None:

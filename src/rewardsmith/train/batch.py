@@ -70,8 +70,12 @@ def has_gradient(example: Example, settings: LossSettings) -> bool:
     return bool(example.weight and (example.advantage or settings.beta))
 
 
-def token_batch(examples: Sequence[Example], old_logps: Sequence[Tensor] | None = None) -> TokenBatch:
+def token_batch(examples: Sequence[Example], old_logps: Sequence[Tensor | None] | None = None) -> TokenBatch:
     """The tokens of `examples` in float64 on the CPU; `old_logps` has one tensor per example."""
+    known = [logps for logps in old_logps or () if logps is not None]
+    assert old_logps is None or len(known) == len(examples), (
+        "what has a gradient in one update of a batch has one in the first"
+    )
     lengths_B = torch.tensor([len(example.completion) for example in examples], dtype=torch.long)
 
     def per_token(values: list[float]) -> Tensor:
@@ -82,5 +86,5 @@ def token_batch(examples: Sequence[Example], old_logps: Sequence[Tensor] | None 
         advantages_N=per_token([example.advantage for example in examples]),
         weights_N=per_token([example.weight for example in examples]),
         sampler_logps_N=torch.tensor([p for example in examples for p in example.sampler_logps], dtype=torch.float64),
-        old_logps_N=None if old_logps is None else torch.cat(list(old_logps)).detach(),
+        old_logps_N=None if old_logps is None else torch.cat(known).detach(),
     )

@@ -6,7 +6,7 @@ checkpoint is the one with the highest held-out reward; a run that no longer get
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rewardsmith.config import GRPOConfig
 from rewardsmith.rewards.pool import RewardPool
@@ -23,9 +23,16 @@ BETTER_BY = 0.01
 PATIENCE = 5
 
 
-def evaluate(engine: Engine, pool: RewardPool, prompts: Sequence[Prompt], config: GRPOConfig) -> list[Sample]:
+def evaluate(
+    engine: Engine,
+    pool: RewardPool,
+    prompts: Sequence[Prompt],
+    config: GRPOConfig,
+    weights: Mapping[str, float],
+    check: Callable[[], None],
+) -> list[Sample]:
     """One scored completion of each prompt, at the run's sampling parameters. Raises RewardPoolError."""
-    groups = roll_out(engine, pool, prompts, config, Clock(), "eval", count=1)
+    groups = roll_out(engine, pool, prompts, config, Clock(), "eval", weights, check, count=1)
     return [sample for group in groups for sample in group]
 
 

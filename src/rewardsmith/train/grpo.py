@@ -7,13 +7,13 @@ and on nothing else, so the gradient is the same for any split into micro-batche
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, assert_never
 
 import torch
 from torch import Tensor
 
-Advantage = Literal["group_std", "group_mean", "batch_std", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
-Loss = Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"]
+if TYPE_CHECKING:
+    from rewardsmith.config import Advantage, Loss
 
 EPSILON = 1e-6
 SAME = 1e-9  # totals this close are the same number but for rounding
@@ -50,16 +50,21 @@ def advantages(totals_PG: Tensor, kind: Advantage) -> Tensor:
     if kind == "reinforce_pp":
         expected_P1 = _batch_mean(totals_PG).expand_as(expected_P1)
     above_PG = (known_PG - expected_P1).masked_fill(~valid_PG, 0.0)
-    if kind == "group_std":
-        std_P1 = (above_PG.square().sum(1, keepdim=True) / (count_P1 - 1).clamp(min=1)).sqrt()
-        above_PG = above_PG / (std_P1 + EPSILON)
-    elif kind == "rloo":
-        above_PG = above_PG * count_P1 / (count_P1 - 1).clamp(min=1)
-    elif kind in ("batch_std", "reinforce_pp"):
-        above_PG = above_PG / (_std(totals_PG[valid_PG]) + EPSILON)
-    elif kind == "reinforce_pp_baseline":
-        # Its mean over the batch is 0 already, as it is in each group.
-        above_PG = above_PG / (_std(above_PG[valid_PG]) + EPSILON)
+    match kind:
+        case "group_mean":
+            pass
+        case "group_std":
+            std_P1 = (above_PG.square().sum(1, keepdim=True) / (count_P1 - 1).clamp(min=1)).sqrt()
+            above_PG = above_PG / (std_P1 + EPSILON)
+        case "rloo":
+            above_PG = above_PG * count_P1 / (count_P1 - 1).clamp(min=1)
+        case "batch_std" | "reinforce_pp":
+            above_PG = above_PG / (_std(totals_PG[valid_PG]) + EPSILON)
+        case "reinforce_pp_baseline":
+            # Its mean over the batch is 0 already, as it is in each group.
+            above_PG = above_PG / (_std(above_PG[valid_PG]) + EPSILON)
+        case _:
+            assert_never(kind)
     return above_PG.masked_fill(zero_signal(totals_PG, kind)[:, None], 0.0)
 
 
@@ -89,8 +94,12 @@ def weights(lengths_B: Tensor, counted_B: Tensor, loss: Loss, max_tokens: int) -
     lengths_B = lengths_B.to(torch.float64).clamp(min=1)
     counted_B = counted_B.to(torch.float64)
     completions = counted_B.sum().clamp(min=1)
-    if loss in ("grpo", "gspo", "sapo"):
-        return counted_B / (completions * lengths_B)
-    if loss == "dr_grpo":
-        return counted_B / (completions * max_tokens)
-    return counted_B / (counted_B * lengths_B).sum().clamp(min=1)
+    match loss:
+        case "grpo" | "gspo" | "sapo":
+            return counted_B / (completions * lengths_B)
+        case "dr_grpo":
+            return counted_B / (completions * max_tokens)
+        case "dapo" | "cispo" | "bnpo":
+            return counted_B / (counted_B * lengths_B).sum().clamp(min=1)
+        case _:
+            assert_never(loss)

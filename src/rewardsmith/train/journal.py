@@ -18,6 +18,7 @@ from typing import Literal, Self, TypeVar
 import httpx
 
 from rewardsmith.errors import JobCanceled, JobError, LeaseLost, ServerLost, ServerUnreachable
+from rewardsmith.rewards.redact import redactor
 from rewardsmith.wire import (
     CheckpointReport,
     Control,
@@ -81,6 +82,7 @@ class Journal:
         self._heartbeat_seconds = heartbeat_seconds
         self._pending: deque[Message] = deque()
         self._control = Control()
+        self._redact = redactor({})
         self._answered = time.monotonic()
         self._ended: JobError | None = None
         self._turn = threading.Lock()  # one request at a time, so that answers come in the order of the questions
@@ -116,7 +118,9 @@ class Journal:
         self._give_up_in_time()
 
     def spec(self) -> JobSpec:
+        """From now on no event and no error has the value of a secret of the job in it."""
         spec = self._fetch("spec", JobSpec)
+        self._redact = redactor(spec.secrets)
         with self._turn:
             if self._control == Control():  # nothing was answered yet
                 self._control = Control(revision=spec.revision.revision)
@@ -142,7 +146,12 @@ class Journal:
         wait: bool = False,
     ) -> Control:
         report = EventReport(
-            fence=self.fence, kind=kind, message=message, step=step, revision=revision, refused=refused
+            fence=self.fence,
+            kind=kind,
+            message=self._redact(message),
+            step=step,
+            revision=revision,
+            refused=refused and self._redact(refused),
         )
         return self.send(report, wait=wait)
 
@@ -162,6 +171,7 @@ class Journal:
         """
         if not isinstance(self._ended, LeaseLost):
             self._ended = None
+        finish = finish.model_copy(update={"error": finish.error and self._redact(finish.error)})
         self._pending.append(finish)
         while self._pending:
             try:

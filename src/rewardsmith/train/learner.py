@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rewardsmith import machine
 from rewardsmith.config import GRPOConfig
 from rewardsmith.rollout.adapter import adapter_tensors
 from rewardsmith.rollout.engine import Engine, context_of, stop_ids
@@ -25,9 +26,9 @@ from rewardsmith.rollout.plain import PlainEngine
 from rewardsmith.train import agreement, lora
 from rewardsmith.train.agreement import Mismatch
 from rewardsmith.train.batch import Example, Gradient
-from rewardsmith.train.losses import LossSettings
+from rewardsmith.train.losses import LossSettings, has_bounds
 from rewardsmith.train.parallel.rank import Sampling
-from rewardsmith.train.parallel.ranks import Ranks, available_cores
+from rewardsmith.train.parallel.ranks import Ranks
 from rewardsmith.train.plain import PlainPath
 from rewardsmith.train.update import GradientPath, Update, make_optimizer, update
 
@@ -67,7 +68,7 @@ class Learner:
             check_context(weights.architecture, longest_prompt + config.sampling_params.max_tokens, self.model)
         except Unsupported as reason:
             ranks.close()
-            torch.set_num_threads(available_cores())
+            torch.set_num_threads(machine.threads())
             notice(f"training runs on the plain path, which is several times slower: {reason}")
             lora.add_rollout_adapter(self.model)
             self.engine = PlainEngine(self.model, tokenizer, lora.ROLLOUT, between_tokens=between_tokens)
@@ -137,11 +138,18 @@ def check_context(architecture: Architecture, longest: int, model: PeftModel) ->
 
 def corrected(config: GRPOConfig, dtype: torch.dtype, notice: Callable[[str], None]) -> GRPOConfig:
     """The config with a correction for the sampler where it leaves that open and 16-bit weights make it needed."""
-    correction = config.sampler_correction
-    if correction.mode is not None or dtype.itemsize > 2:
+    correction, name = config.sampler_correction, str(dtype).removeprefix("torch.")
+    if correction.mode is not None:
+        return config
+    if dtype.itemsize > 2:
+        if has_bounds(correction):
+            notice(
+                f"level, low and high of sampler_correction cannot act: weights are {name}, where engine and trainer "
+                "agree, so nothing is corrected unless a mode is set"
+            )
         return config
     notice(
-        f"weights are {str(dtype).removeprefix('torch.')}, so engine and trainer round differently: tokens are "
+        f"weights are {name}, so engine and trainer round differently: tokens are "
         f"weighted by the ratio of their probabilities, at most {correction.high} (sampler_correction)"
     )
     return config.model_copy(update={"sampler_correction": correction.model_copy(update={"mode": "truncate"})})

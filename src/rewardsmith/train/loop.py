@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rewardsmith.errors import RewardPoolError
+from rewardsmith.errors import RewardPoolError, SandboxError
 from rewardsmith.rewards.outcomes import ErrorGuard
-from rewardsmith.rewards.pool import RewardPool
 from rewardsmith.train import checkpoint
 from rewardsmith.train.agreement import Mismatch
 from rewardsmith.train.batch import Example
@@ -41,11 +40,13 @@ def train(run: Run) -> Ending:
     if run.progress.step == 0 and run.held_out:
         report_base(run)
     clock = Clock()
-    ending = obey(run)
+    ending = obey(run, patiently=True)
     while ending is None:
         step = run.progress.step + 1
         prompts = run.batches.take(step)
-        groups = roll_out(run.learner.engine, run.pool, prompts, run.config, clock, step)
+        weights, check = run.weights(step), run.journal.check
+        groups = roll_out(run.learner.engine, run.pool, prompts, run.config, clock, step, weights, check)
+        begin_comparing(run, step, groups)
         with clock("update"):
             groups, batch = to_learn(run, groups)
             result, mismatch = run.learner.update(batch, step, run.total_steps)
@@ -60,6 +61,8 @@ def train(run: Run) -> Ending:
             run.journal.send(report)
             if said := run.forecast.announcement():
                 run.journal.event("info", said, step=step)
+            for note in run.pool.take_notes():
+                run.journal.event("info", note, step=step)
             if due:
                 save(run, evaluation.reward)
             pause_on_errors(run, groups)
@@ -92,9 +95,11 @@ class Evaluation:
 def evaluate_policy(run: Run) -> Evaluation:
     """The held-out rows under the present policy; their files are written, nothing is sent."""
     started, step = time.perf_counter(), run.progress.step
-    samples = evaluate(run.learner.engine, run.pool, run.held_out, run.config)
+    # By the weights that the run ends with: with those of the step, no two evaluations could be compared.
+    weights = run.weights(run.total_steps)
+    samples = evaluate(run.learner.engine, run.pool, run.held_out, run.config, weights, run.journal.check)
     moment = Moment(step, run.batches.epoch(step), "eval", run.revision, policy_version=step)
-    segments = write_segments(run.artifacts, moment, samples)
+    segments, _ = write_segments(run.artifacts, moment, samples)
     metrics = note_evaluation(run.progress, samples)
     return Evaluation(metrics | {"seconds/evaluate": time.perf_counter() - started}, segments)
 
@@ -118,12 +123,40 @@ def step_report(
     samples = [sample for group in groups for sample in group]
     moment = Moment(step, run.batches.epoch(step), "train", run.revision, policy_version=step - 1)
     with clock("report"):
-        segments = write_segments(run.artifacts, moment, samples)
+        segments, dropped = write_segments(run.artifacts, moment, samples)
+    compared = compare(run, groups, clock) if run.comparison else {}
     clock.seconds["wait"], run.journal.waited_seconds = run.journal.waited_seconds, 0.0
-    metrics = step_metrics(groups, result, mismatch, run.progress, clock.seconds) | evaluation.metrics
+    if run.weights(step) != run.weights(step - 1):
+        run.progress.lowest = run.progress.highest = None  # totals of another scale
+    metrics = step_metrics(groups, result, mismatch, run.progress, clock.seconds) | evaluation.metrics | compared
+    metrics |= scheduled_weights(run, step) | {f"reward/{name}/logs_dropped": n for name, n in dropped.items()}
     reward = metrics.get("total_reward", float("nan"))
     log.info("step %d of %d: total_reward %.4g, %.1f s", step, run.total_steps, reward, sum(clock.seconds.values()))
     return as_report(run, metrics, segments + evaluation.segments)
+
+
+def begin_comparing(run: Run, step: int, groups: Sequence[Sequence[Sample]]) -> None:
+    if run.comparison and run.comparison.over(step):
+        run.stop_comparing()
+    if run.comparison:
+        run.comparison.begin(step, groups)
+
+
+def compare(run: Run, groups: Sequence[Sequence[Sample]], clock: Clock) -> dict[str, float]:
+    """What the revision before says of the step. Waiting for it is measured, and short."""
+    assert run.comparison is not None
+    with clock("compare"):
+        metrics = run.comparison.metrics(run.progress.step, groups, sum(clock.seconds.values()))
+    if verdict := run.comparison.verdict():
+        run.stop_comparing()
+        run.journal.event("info", verdict, step=run.progress.step)
+    return metrics
+
+
+def scheduled_weights(run: Run, step: int) -> dict[str, float]:
+    """The weights in force, of functions that have one for each step."""
+    weights = run.weights(step)
+    return {f"reward/{f.name}/weight": weights[f.name] for f in run.rewards.functions if f.schedule}
 
 
 def as_report(run: Run, metrics: dict[str, float], segments: list[Segment]) -> StepReport:
@@ -181,12 +214,15 @@ def save(run: Run, reward: float | None = None) -> None:
         checkpoint.delete_old_states(run.artifacts)
 
 
-def obey(run: Run) -> Ending | None:
-    """What the server, the process's owner and the run itself have to say between two steps; None is to go on."""
+def obey(run: Run, patiently: bool = False) -> Ending | None:
+    """What the server, the process's owner and the run itself have to say between two steps; None is to go on.
+
+    `patiently`: no step is taken before a new revision has its packages.
+    """
     progress = run.progress
     if progress.step >= run.total_steps:
         return "completed"
-    wait_while_paused(run)
+    patiently |= wait_while_paused(run)  # the functions that it was paused for are not to go on
     if run.yielding() or run.journal.control.action == "stop":
         if progress.step and progress.saved_step != progress.step:
             save(run)
@@ -198,35 +234,45 @@ def obey(run: Run) -> Ending | None:
     wanted = run.journal.control.revision
     # Not only newer ones: when a revision is refused, the one before it may be news still.
     if wanted != run.revision and wanted not in run.refused:
-        change_rewards(run, wanted)
+        change_rewards(run, wanted, patiently)
     return None
 
 
-def wait_while_paused(run: Run) -> None:
+def wait_while_paused(run: Run) -> bool:
+    """Whether it was paused."""
     waited = False
     while run.journal.control.paused and run.journal.control.action == "continue" and not run.yielding():
         run.journal.wait(1.0)
         waited = True
     if waited:
         run.guard = ErrorGuard()
+    return waited
 
 
-def change_rewards(run: Run, number: int) -> None:
-    """Takes up a new revision for the steps to come; one that cannot be loaded changes nothing."""
+def change_rewards(run: Run, number: int, patiently: bool) -> None:
+    """Takes up a new revision for the steps to come; one that cannot be loaded changes nothing.
+
+    While its packages are being installed the present one scores on, unless that is to be waited for `patiently`.
+    """
     revision = run.journal.revision(number)
     if revision.refused:  # by an earlier attempt
         run.refused.add(number)
         return
-    pool = RewardPool(revision.functions)
-    try:
-        pool.start()
-    except RewardPoolError as error:
-        run.refused.add(number)
-        message = f"revision {number} is refused and changes nothing: {error.message}"
-        run.journal.event("revision", message, revision=number, refused=error.message)
-        return
-    run.pool.close()
-    run.pool, run.revision, run.guard = pool, number, ErrorGuard()
+    before, step = run.rewards, run.progress.step + 1
+    if not before.scores_like(revision):
+        if not patiently and not run.pools.ready(revision):
+            return
+        try:
+            pool = run.pools.make(revision)
+            pool.start()
+        except (RewardPoolError, SandboxError) as error:
+            run.refused.add(number)
+            message = f"revision {number} is refused and changes nothing: {error.message}"
+            run.journal.event("revision", message, revision=number, refused=error.message)
+            return
+        run.pool.close()
+        run.pool = pool
+    run.rewards, run.guard = revision, ErrorGuard()
     run.progress.use_revision(number)
-    step = run.progress.step + 1
+    run.compare_with(before, step)
     run.journal.event("revision", f"revision {number} scores from step {step} on", revision=number, step=step)

@@ -10,19 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, assert_never
 
 import torch
 from torch import Tensor
 
-from rewardsmith.train.grpo import Loss
-
 if TYPE_CHECKING:
-    from rewardsmith.config import GRPOConfig
-
-KLEstimator = Literal["k1", "k2", "k3"]
-Correction = Literal["none", "truncate", "mask"]
-Level = Literal["token", "sequence"]
+    from rewardsmith.config import Correction, GRPOConfig, KLEstimator, Level, Loss, SamplerCorrectionConfig
 
 LARGEST_LOG_RATIO = 20.0  # e^20 is far beyond every bound, and still finite in float32 when multiplied
 TAU_POSITIVE, TAU_NEGATIVE = 1.0, 1.05  # SAPO's temperatures (arXiv 2511.20347)
@@ -57,7 +51,7 @@ class LossSettings:
             clip_high=clip_high,
             dual_clip=config.dual_clip,
             beta=config.beta if config.kl_in == "loss" else 0.0,
-            kl_estimator=config.kl_estimator or "k3",
+            kl_estimator=config.kl_estimate,
             correction=correction.mode or "none",
             correction_level=correction.level or ("sequence" if config.loss == "gspo" else "token"),
             correction_low=correction.lowest,
@@ -76,9 +70,15 @@ def dead_settings(config: GRPOConfig) -> Iterator[str]:
         yield f"kl_estimator={config.kl_estimator} cannot act: beta is 0, so there is no KL"
     elif config.kl_estimator == "k1" and config.kl_in == "loss":
         yield "kl_estimator=k1 in the loss has no gradient on average and only adds noise: use k2 or k3"
-    correction = config.sampler_correction
-    if correction.mode == "none" and (correction.level, correction.low, correction.high) != (None, None, 2.0):
+    elif config.kl_estimator in ("k2", "k3") and config.kl_in == "reward":
+        yield f"kl_estimator={config.kl_estimator} in the reward has another gradient than the KL: only k1 has its own"
+    if config.sampler_correction.mode == "none" and has_bounds(config.sampler_correction):
         yield "level, low and high of sampler_correction cannot act: its mode is none"
+
+
+def has_bounds(correction: SamplerCorrectionConfig) -> bool:
+    """Whether anything is set that only acts with a mode."""
+    return (correction.level, correction.low, correction.high) != (None, None, 2.0)
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,16 @@ def token_losses(logps_N: Tensor, tokens: TokenBatch, settings: LossSettings) ->
         # GSPO-token: the sequence's ratio as value, the token's own log-prob for the gradient.
         log_ratio_N = completion_means(own_N - old_N, tokens.completion_N) + (logps_N - own_N)
     ratio_N = bounded_ratio(log_ratio_N)
-    if settings.loss == "cispo":
-        losses_N = cispo(logps_N, ratio_N, advantages_N, settings.clip_low, settings.clip_high)
-    elif settings.loss == "sapo":
-        losses_N = sapo(ratio_N, advantages_N)
-    else:
-        losses_N = clipped_surrogate(ratio_N, advantages_N, settings.clip_low, settings.clip_high, settings.dual_clip)
+    low, high = settings.clip_low, settings.clip_high
+    match settings.loss:
+        case "cispo":
+            losses_N = cispo(logps_N, ratio_N, advantages_N, low, high)
+        case "sapo":
+            losses_N = sapo(ratio_N, advantages_N)
+        case "grpo" | "bnpo" | "dr_grpo" | "dapo" | "gspo":
+            losses_N = clipped_surrogate(ratio_N, advantages_N, low, high, settings.dual_clip)
+        case _:
+            assert_never(settings.loss)
     if settings.correction != "none":
         losses_N = losses_N * sampler_correction(old_N, tokens, settings)
     if settings.beta:
@@ -232,8 +236,12 @@ def k2(logps_N: Tensor, reference_logps_N: Tensor) -> Tensor:
 
 
 def k3(logps_N: Tensor, reference_logps_N: Tensor) -> Tensor:
-    """An estimate of KL(policy || reference) for each token sampled from the policy: unbiased and never negative."""
-    log_x_N = reference_logps_N - logps_N
+    """An estimate of KL(policy || reference) for each token sampled from the policy: unbiased and never negative.
+
+    Where the reference has e^20 times the policy's probability and more it is bounded, as ratios are, and has no
+    gradient. On the other side nothing grows faster than the log-probs, and all of it counts.
+    """
+    log_x_N = (reference_logps_N - logps_N).clamp(max=LARGEST_LOG_RATIO)
     return log_x_N.exp() - 1 - log_x_N
 
 

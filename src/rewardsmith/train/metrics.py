@@ -11,8 +11,7 @@ from statistics import fmean, pstdev
 
 from rewardsmith.train.agreement import Mismatch
 from rewardsmith.train.checkpoint import Progress
-from rewardsmith.train.grpo import zero_signal
-from rewardsmith.train.samples import Sample, totals_of
+from rewardsmith.train.samples import Sample
 from rewardsmith.train.update import Update
 
 
@@ -67,20 +66,20 @@ def _rewards(samples: Sequence[Sample]) -> dict[str, float]:
 
 
 def _groups(groups: Sequence[Sequence[Sample]], progress: Progress) -> dict[str, float]:
-    """Zero-signal groups, and those of them whose totals all are the best, or the worst, seen so far."""
+    """Groups that teach nothing, and groups whose totals all are the best, or the worst, seen so far."""
     totals = [sample.total for group in groups for sample in group if sample.total is not None]
     progress.lowest = min([*totals, *_known(progress.lowest)], default=None)
     progress.highest = max([*totals, *_known(progress.highest)], default=None)
-    same = [
-        {sample.total for sample in group if sample.total is not None}
-        for group, is_zero in zip(groups, zero_signal(totals_of(groups)).tolist(), strict=True)
-        if is_zero
-    ]
     spread = progress.lowest != progress.highest
+    ends = [
+        (min(known), max(known))
+        for group in groups
+        if (known := [sample.total for sample in group if sample.total is not None])
+    ]
     return {
-        "group/frac_zero_signal": len(same) / len(groups),
-        "group/frac_all_best": sum(spread and progress.highest in totals for totals in same) / len(groups),
-        "group/frac_all_worst": sum(spread and progress.lowest in totals for totals in same) / len(groups),
+        "group/frac_zero_signal": sum(not any(sample.advantage for sample in group) for group in groups) / len(groups),
+        "group/frac_all_best": sum(spread and lowest == progress.highest for lowest, _ in ends) / len(groups),
+        "group/frac_all_worst": sum(spread and highest == progress.lowest for _, highest in ends) / len(groups),
     }
 
 

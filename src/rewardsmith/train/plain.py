@@ -127,7 +127,8 @@ class PlainPath:
         found: list[Tensor | None] = [None] * len(examples)
         loss, kl, low, high, count = 0.0, 0.0, 0, 0, 0
         for batch in micro_batches(examples, learned, self._vocab, self._model.device):
-            tokens = token_batch([examples[row] for row in batch.rows], _chosen(old_logps, batch.rows))
+            old = None if old_logps is None else [old_logps[row] for row in batch.rows]
+            tokens = token_batch([examples[row] for row in batch.rows], old)
             if settings.beta:
                 with torch.no_grad(), self._model.disable_adapter():
                     reference_logps_N = token_logps(self._model, batch, temperature, self._vocab)
@@ -170,11 +171,3 @@ class PlainPath:
         for module in self._model.modules():
             if isinstance(module, LoraLayer) and POLICY in module.lora_dropout:
                 module.lora_dropout[POLICY].train()
-
-
-def _chosen(old_logps: list[Tensor | None] | None, rows: list[int]) -> list[Tensor] | None:
-    if old_logps is None:
-        return None
-    chosen = [logps for row in rows if (logps := old_logps[row]) is not None]
-    assert len(chosen) == len(rows), "what has a gradient in one update of a batch has one in the first"
-    return chosen

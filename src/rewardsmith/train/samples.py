@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -25,7 +25,9 @@ from rewardsmith.rollout.sampling import completion_seed
 from rewardsmith.train.batch import Example
 from rewardsmith.train.clock import Clock
 from rewardsmith.train.grpo import advantages, soft_punishment, weights
-from rewardsmith.train.losses import k1
+from rewardsmith.train.losses import KL
+
+CHECK_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -60,24 +62,33 @@ class Scoring:
     """Scores groups in a thread of its own, while others are still being sampled. Use it as a context manager.
 
     Groups that come while some are scored are scored together, so that slow functions keep the whole pool busy.
+    `check` is called while waiting and may raise to end it all: then, as after any error, no score is waited for.
     """
 
-    def __init__(self, pool: RewardPool) -> None:
-        self._pool = pool
+    def __init__(self, pool: RewardPool, check: Callable[[], None]) -> None:
+        self._pool, self._check = pool, check
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scoring")
         self._waiting: deque[tuple[int, Group]] = deque()
         self._turns: list[Future[None]] = []
         self._scores: dict[int, list[dict[str, Score]]] = {}
 
     def add(self, place: int, prompt: Prompt, completions: Sequence[Completion]) -> None:
-        self._waiting.append((place, Group(prompt.text, prompt.example, [c.text for c in completions])))
+        """Raises RewardPoolError when a function with on_error="fail" has failed already."""
+        for turn in self._turns:
+            if turn.done():
+                turn.result()
+        self._waiting.append((place, as_group(prompt, completions)))
         self._turns.append(self._thread.submit(self._score_waiting))
 
     def scores(self) -> dict[int, list[dict[str, Score]]]:
         """By place, when all are there. Raises RewardPoolError when a function with on_error="fail" fails."""
-        for turn in self._turns:
-            turn.result()
-        return self._scores
+        while True:
+            done, others = wait(self._turns, timeout=CHECK_SECONDS, return_when=FIRST_EXCEPTION)
+            for turn in done:
+                turn.result()
+            if not others:
+                return self._scores
+            self._check()
 
     def _score_waiting(self) -> None:
         taken = [self._waiting.popleft() for _ in range(len(self._waiting))]
@@ -89,7 +100,16 @@ class Scoring:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        while error is not None and not all(turn.done() for turn in self._turns):
+            self._pool.interrupt()  # again and again: one that is only about to begin would not hear it
+            wait(self._turns, timeout=CHECK_SECONDS)
+        self._thread.shutdown()
+
+
+def as_group(prompt: Prompt, completions: Sequence[Completion]) -> Group:
+    """What the pool scores."""
+    return Group(prompt.text, prompt.example, [completion.text for completion in completions])
 
 
 def roll_out(
@@ -99,9 +119,13 @@ def roll_out(
     config: GRPOConfig,
     clock: Clock,
     moment: int | str,
+    weights: Mapping[str, float],
+    check: Callable[[], None],
     count: int | None = None,
 ) -> list[list[Sample]]:
     """`count` scored completions of each prompt, a whole group when not said; seeds are of the run and `moment`.
+
+    `weights` has the weight of each reward function in the total; `check` is called while scores are waited for.
 
     What `clock` counts as scoring is the wait after the last completion. Raises ModelError, and RewardPoolError when a
     function with on_error="fail" fails.
@@ -109,7 +133,7 @@ def roll_out(
     count = count or config.num_generations
     drawn: list[list[Completion]] = [[] for _ in prompts]
     with (
-        Scoring(pool) as scoring,
+        Scoring(pool, check) as scoring,
         closing(draw(engine, prompts, count, config.sampling_params, config.seed, moment)) as groups,
     ):
         with clock("generate"):
@@ -118,11 +142,10 @@ def roll_out(
                 scoring.add(place, prompts[place], completions)
         with clock("score"):
             scores = scoring.scores()
-    function_weights = {function.name: function.weight for function in pool.functions}
     numbers = _numbers(prompts, count)
     return [
         [
-            Sample(prompt, numbers[g][i], completion, scores[g][i], total(scores[g][i], function_weights))
+            Sample(prompt, numbers[g][i], completion, scores[g][i], total(scores[g][i], weights))
             for i, completion in enumerate(drawn[g])
         ]
         for g, prompt in enumerate(prompts)
@@ -166,8 +189,9 @@ def shaped_totals(
     completions = [sample.completion for group in groups for sample in group]
     if config.kl_in == "reward":
         assert reference_logps is not None, "a KL in the reward needs the reference's log-probs"
+        kl = KL[config.kl_estimate]
         kls = [
-            float(k1(torch.tensor(completion.logps, dtype=torch.float64), logps.double().cpu()).sum())
+            float(kl(torch.tensor(completion.logps, dtype=torch.float64), logps.double().cpu()).sum())
             for completion, logps in zip(completions, reference_logps, strict=True)
         ]
         totals_PG = totals_PG - config.beta * torch.tensor(kls, dtype=torch.float64).view_as(totals_PG)

@@ -1,14 +1,15 @@
 """A step's completions and reward logs as immutable Parquet files (zstd); the server reads them by column name.
 
-A segment counts when the step's report, which lists it, was committed. Reward logs hold the calls that printed or
-failed; the scores of all calls stand with the completions.
+A segment counts when the step's report, which lists it, was committed. Reward logs have a row for every call. What
+calls printed and how they failed is kept up to a size for each step; beyond it a text is cut, which is counted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,10 @@ from rewardsmith.train.samples import Sample
 from rewardsmith.wire import Segment
 
 Phase = Literal["train", "eval"]
+
+# Of different texts in one step and phase, in equal parts for its functions; one that comes again is stored once.
+LOG_CHARACTERS = 4 * 2**20
+KEPT_CHARACTERS = 200  # of a text that is cut
 
 _WHERE = [
     ("step", pa.int32()),
@@ -69,16 +74,18 @@ class Moment:
     policy_version: int
 
 
-def write_segments(artifacts: JobArtifacts, moment: Moment, samples: Sequence[Sample]) -> list[Segment]:
-    """Writes the non-empty ones of the two files of a step and phase."""
+def write_segments(
+    artifacts: JobArtifacts, moment: Moment, samples: Sequence[Sample]
+) -> tuple[list[Segment], dict[str, int]]:
+    """Writes the two files of a step and phase; also gives how many calls had their text cut, by function."""
+    if not samples:
+        return [], {}
     completions = [_completion_row(moment, idx, sample) for idx, sample in enumerate(samples)]
-    logs = [row for idx, sample in enumerate(samples) for row in _log_rows(moment, idx, sample)]
-    written = []
-    if completions:
-        written.append(_write(artifacts, moment, "completions", COMPLETIONS, completions))
+    logs, cut = _log_rows(moment, samples)
+    written = [_write(artifacts, moment, "completions", COMPLETIONS, completions)]
     if logs:
         written.append(_write(artifacts, moment, "reward_logs", REWARD_LOGS, logs))
-    return written
+    return written, cut
 
 
 def _write(
@@ -133,17 +140,41 @@ def _completion_row(moment: Moment, idx: int, sample: Sample) -> dict[str, Any]:
     }
 
 
-def _log_rows(moment: Moment, idx: int, sample: Sample) -> Iterator[dict[str, Any]]:
-    for name, score in sample.scores.items():
-        if score.prints or score.error or score.failed:
-            yield _where(moment, idx, sample) | {
-                "function": name,
-                "outcome": score.outcome,
-                "value": score.value,
-                "seconds": score.seconds,
-                "prints": _storable(score.prints),
-                "error": _storable(score.error or ""),
-            }
+def _log_rows(moment: Moment, samples: Sequence[Sample]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    share = LOG_CHARACTERS // max(1, len(samples[0].scores))
+    room: dict[str, int] = {}
+    stored: set[tuple[str, str, str]] = set()
+    cut: Counter[str] = Counter()
+    rows = []
+    for idx, sample in enumerate(samples):
+        for name, score in sample.scores.items():
+            prints, error = _storable(score.prints), _storable(score.error or "")
+            if (prints or error) and (name, prints, error) not in stored:
+                left = room.get(name, share) - len(prints) - len(error)
+                if left < 0:
+                    prints, error = _shortened(prints), _shortened(error)
+                    cut[name] += 1
+                else:
+                    room[name] = left
+                    stored.add((name, prints, error))
+            rows.append(
+                _where(moment, idx, sample)
+                | {
+                    "function": name,
+                    "outcome": score.outcome,
+                    "value": score.value,
+                    "seconds": score.seconds,
+                    "prints": prints,
+                    "error": error,
+                }
+            )
+    return rows, dict(cut)
+
+
+def _shortened(text: str) -> str:
+    """The end of it: there a traceback names its error."""
+    lost = len(text) - KEPT_CHARACTERS
+    return text if lost <= 0 else f"[{lost} characters left out: the log of this step is full] {text[lost:]}"
 
 
 def _storable(text: str) -> str:

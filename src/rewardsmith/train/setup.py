@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from rewardsmith.config import GRPOConfig
-from rewardsmith.errors import DatasetError
+from rewardsmith.errors import DatasetError, RewardPoolError, SandboxError
 from rewardsmith.rewards.outcomes import ErrorGuard
 from rewardsmith.rewards.pool import RewardPool
 from rewardsmith.rollout.engine import context_of
@@ -25,6 +26,7 @@ from rewardsmith.rollout.prompts import Prompt, make_prompts
 from rewardsmith.train import checkpoint, lora
 from rewardsmith.train.artifacts import JobArtifacts
 from rewardsmith.train.checkpoint import Progress
+from rewardsmith.train.comparison import Comparison, goes_on
 from rewardsmith.train.data import Batches, read_rows, split_rows
 from rewardsmith.train.forecast import Forecast
 from rewardsmith.train.journal import Journal
@@ -32,7 +34,8 @@ from rewardsmith.train.learner import Learner
 from rewardsmith.train.losses import dead_settings
 from rewardsmith.train.model import load_base
 from rewardsmith.train.parallel.ranks import Ranks
-from rewardsmith.wire import JobSpec
+from rewardsmith.train.reward_pools import RewardPools
+from rewardsmith.wire import JobSpec, Revision
 
 log = logging.getLogger("rewardsmith.train")
 
@@ -41,7 +44,7 @@ RECOMMENDED_STEPS = 200  # contract 2.1
 
 @dataclass
 class Run:
-    """All parts of a running job. `revision` scores the next step, `refused` are those that could not be loaded."""
+    """All parts of a running job. `rewards` score the next step, `refused` are revisions that could not be loaded."""
 
     config: GRPOConfig
     journal: Journal
@@ -52,26 +55,72 @@ class Run:
     held_out: Sequence[Prompt]
     total_steps: int
     progress: Progress
+    pools: RewardPools
     pool: RewardPool
-    revision: int
+    rewards: Revision
     yielding: Callable[[], bool]
     forecast: Forecast
     refused: set[int] = field(default_factory=set)
     guard: ErrorGuard = field(default_factory=ErrorGuard)
     silent_steps: int = 0  # steps running in which no group had any signal
+    comparison: Comparison | None = None  # with the revision before
+
+    @property
+    def revision(self) -> int:
+        return self.rewards.revision
+
+    def weights(self, step: int) -> dict[str, float]:
+        """Of every reward function at a step."""
+        return {function.name: function.weight_at(step) for function in self.rewards.functions}
+
+    def compare_with(self, before: Revision, first_step: int) -> None:
+        """Score on what the present rewards changed, for as long as they say. That it cannot be done harms nothing."""
+        self.stop_comparing()
+        if not self.rewards.compared_steps:
+            return
+        comparison = Comparison(before, self.rewards, first_step, lambda changed: self.pools.make(changed, workers=1))
+        try:
+            comparison.start()
+        except (RewardPoolError, SandboxError) as error:
+            message = f"revision {before.revision} cannot be scored for comparison: {error.message}"
+            self.journal.event("info", message, step=self.progress.step)
+        else:
+            self.comparison = comparison
+
+    def stop_comparing(self) -> None:
+        if self.comparison is not None:
+            self.comparison.close()
+        self.comparison = None
 
 
 @contextmanager
 def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool], ranks: Ranks) -> Iterator[Run]:
     """`yielding` says whether the process was asked to make room. Raises what ends a job: any RewardsmithError."""
-    config = GRPOConfig(**spec.params)
     artifacts = JobArtifacts(spec)
+    with (
+        closing(RewardPools(spec, artifacts, journal)) as pools,
+        _set_up(spec, journal, yielding, ranks, artifacts, pools) as run,
+    ):
+        yield run
+
+
+@contextmanager
+def _set_up(
+    spec: JobSpec,
+    journal: Journal,
+    yielding: Callable[[], bool],
+    ranks: Ranks,
+    artifacts: JobArtifacts,
+    pools: RewardPools,
+) -> Iterator[Run]:
+    config = GRPOConfig(**spec.params)
+    pools.ready(spec.revision)  # if packages have to be installed, that goes on beside all this
     base, tokenizer = load_base(spec.base_model_source)
     context = context_of(base)
     train, held_out, left_out = _prompts(artifacts.get(spec.dataset_path), config, tokenizer, context)
     total_steps = config.total_steps(len(train))
     if spec.attempt == 1:
-        for message in _remarks(config, total_steps, train, held_out, left_out, context):
+        for message in (*pools.remarks(), *_remarks(config, total_steps, train, held_out, left_out, context)):
             journal.event("warning", message)
 
     def warn(message: str) -> None:
@@ -97,7 +146,7 @@ def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool], ranks:
     progress.use_revision(spec.revision.revision)
     learner.deliver(version=progress.step)
 
-    pool = RewardPool(spec.revision.functions)
+    pool = pools.make(spec.revision)
     pool.start()
     run = Run(
         config=config,
@@ -109,17 +158,22 @@ def set_up(spec: JobSpec, journal: Journal, yielding: Callable[[], bool], ranks:
         held_out=held_out,
         total_steps=total_steps,
         progress=progress,
+        pools=pools,
         pool=pool,
-        revision=spec.revision.revision,
+        rewards=spec.revision,
         yielding=yielding,
         forecast=Forecast(total_steps, config.save_every, len(held_out), config.effective_batch_size),
     )
     log.info("%d rows, %d held out, steps %d to %d", len(train), len(held_out), progress.step + 1, total_steps)
     if learner.path != "plain":  # that was said already, with the reason
         journal.event("info", f"what trains: {learner.path}", step=progress.step)
+    if goes_on(spec.revision, progress.step + 1):
+        before = journal.revision(cast(int, spec.revision.replaces))
+        run.compare_with(before, cast(int, spec.revision.effective_step))
     try:
         yield run
     finally:
+        run.stop_comparing()
         run.pool.close()
 
 

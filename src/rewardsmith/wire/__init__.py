@@ -1,7 +1,9 @@
 """Requests and answers of the HTTP API, shared by client, server and job process: `wire.Job`, `wire.StepReport`...
 
-`control` is the control plane that users talk to and `adapter_id` how they name a version there; `journal` is what a
-job process and the server say to each other.
+`control` is the control plane that users talk to and `adapter_id` how they name a version there; `revisions` are the
+sets of reward functions of a job and `dry_run` how a change of them would do; `records` are what a run leaves behind;
+`journal` is what a job process and the server say to each other; `sandbox` what isolates user code on a machine;
+`secrets` are what reward functions are given and nobody is shown.
 """
 
 from rewardsmith.wire.adapter_id import AdapterId
@@ -11,7 +13,6 @@ from rewardsmith.wire.control import (
     Accelerator,
     AdapterVersion,
     Checkpoint,
-    CompletionRow,
     Connection,
     CostEstimate,
     CurrentUser,
@@ -23,13 +24,8 @@ from rewardsmith.wire.control import (
     JobRequest,
     JobStatus,
     LengthBucket,
-    MetricPoint,
-    Page,
     Repo,
     RepoRequest,
-    Revision,
-    RevisionFunction,
-    RewardLogRow,
     StreamData,
     StreamMessage,
     StreamMeta,
@@ -40,6 +36,16 @@ from rewardsmith.wire.control import (
     UploadTicket,
     VersionSummary,
     VersionUpdate,
+)
+from rewardsmith.wire.dry_run import (
+    CallFailure,
+    DryRun,
+    DryRunRequest,
+    Histogram,
+    RowChange,
+    ScoreComparison,
+    ScoreSummary,
+    SignalForecast,
 )
 from rewardsmith.wire.journal import (
     JOB_MARKER,
@@ -53,14 +59,38 @@ from rewardsmith.wire.journal import (
     Segment,
     StepReport,
 )
+from rewardsmith.wire.records import (
+    CompletionRow,
+    FoldedLog,
+    FoldedLogs,
+    LogFilters,
+    MetricPoint,
+    Page,
+    RewardLogRow,
+)
+from rewardsmith.wire.revisions import (
+    COMPARED_STEPS,
+    FunctionDiff,
+    Revision,
+    RevisionChange,
+    RevisionDiff,
+    RevisionFunction,
+    RevisionRequest,
+    RollbackRequest,
+    Setting,
+)
+from rewardsmith.wire.sandbox import Obstacle, Protection, SandboxReport
+from rewardsmith.wire.secrets import Secret, SecretKey, SecretRequest, SecretValue
 
 __all__ = [
+    "COMPARED_STEPS",
     "DEFAULT_CONNECTION",
     "JOB_MARKER",
     "TERMINAL",
     "Accelerator",
     "AdapterId",
     "AdapterVersion",
+    "CallFailure",
     "Checkpoint",
     "CheckpointReport",
     "CompletionRow",
@@ -70,9 +100,15 @@ __all__ = [
     "CurrentUser",
     "Dataset",
     "DownloadLink",
+    "DryRun",
+    "DryRunRequest",
     "EventReport",
     "Finish",
+    "FoldedLog",
+    "FoldedLogs",
+    "FunctionDiff",
     "Heartbeat",
+    "Histogram",
     "Job",
     "JobEvent",
     "JobReference",
@@ -80,15 +116,32 @@ __all__ = [
     "JobSpec",
     "JobStatus",
     "LengthBucket",
+    "LogFilters",
     "MetricPoint",
+    "Obstacle",
     "Page",
+    "Protection",
     "Repo",
     "RepoRequest",
     "ResumePoint",
     "Revision",
+    "RevisionChange",
+    "RevisionDiff",
     "RevisionFunction",
+    "RevisionRequest",
     "RewardLogRow",
+    "RollbackRequest",
+    "RowChange",
+    "SandboxReport",
+    "ScoreComparison",
+    "ScoreSummary",
+    "Secret",
+    "SecretKey",
+    "SecretRequest",
+    "SecretValue",
     "Segment",
+    "Setting",
+    "SignalForecast",
     "StepReport",
     "StreamData",
     "StreamMessage",

@@ -194,11 +194,6 @@ class CostEstimate(Answer):
     estimated_cost: float = 0
 
 
-class MetricPoint(Answer):
-    step: int
-    value: float
-
-
 class JobEvent(Answer):
     """One line of a job's timeline. `kind`: status, revision, checkpoint, paused, resumed, restarted, warning, info."""
 
@@ -207,72 +202,6 @@ class JobEvent(Answer):
     kind: str
     message: str
     step: int | None = None
-
-
-class RevisionFunction(Answer):
-    name: str
-    source: str
-    source_sha256: str
-    weight: float = 1.0
-    on_error: Literal["zero", "exclude", "fail"] = "zero"
-    none: Literal["error", "abstain"] = "error"
-
-
-class Revision(Answer):
-    """An immutable set of reward functions. `effective_step` is the first step scored by it, None until then."""
-
-    revision: int
-    created_at: datetime
-    created_by: str
-    effective_step: int | None = None
-    refused: str | None = None
-    functions: list[RevisionFunction]
-
-
-class CompletionRow(Answer):
-    """One stored completion. `scores` maps function to its value, None where the function gave none."""
-
-    step: int
-    idx: int
-    epoch: float
-    phase: Literal["train", "eval"]
-    row: int
-    sample: int
-    prompt: str
-    completion: str
-    total_reward: float | None
-    advantage: float | None
-    finish_reason: str
-    tokens: int
-    revision: int
-    policy_version: int
-    scores: dict[str, float | None]
-    outcomes: dict[str, str]
-
-
-class RewardLogRow(Answer):
-    """What one call printed or how it failed; calls that did neither leave no row."""
-
-    step: int
-    idx: int
-    epoch: float
-    phase: Literal["train", "eval"]
-    row: int
-    sample: int
-    function: str
-    revision: int
-    outcome: str
-    value: float | None
-    seconds: float
-    prints: str
-    error: str
-
-
-class Page(Answer):
-    """`next` goes back as `after` to read on; None at the end."""
-
-    data: list[dict[str, Any]]
-    next: str | None = None
 
 
 class StreamData(Answer):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rewardsmith.wire.base import Answer, Request
-from rewardsmith.wire.control import Revision
+from rewardsmith.wire.revisions import Revision
 
 # In the environment of a job process and of all it starts, reward workers too: `<uuid>:<attempt>`.
 JOB_MARKER = "REWARDSMITH_JOB"
@@ -25,7 +25,10 @@ class ResumePoint(Answer):
 
 
 class JobSpec(Answer):
-    """All a job process needs to run one attempt. `params` is complete; URLs are for obstore."""
+    """All a job process needs to run one attempt. `params` is complete but for the `secrets`; URLs are for obstore.
+
+    `private_endpoints`, `host:port` each, are those of private networks that the administrator lets functions use.
+    """
 
     uuid: str
     fence: int
@@ -39,6 +42,8 @@ class JobSpec(Answer):
     continue_from_path: str | None = None
     resume: ResumePoint | None = None
     revision: Revision
+    secrets: dict[str, str] = Field(default_factory=dict, repr=False)
+    private_endpoints: list[str] = Field(default_factory=list)
 
 
 class Segment(Request):

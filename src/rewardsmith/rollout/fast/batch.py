@@ -20,7 +20,7 @@ from rewardsmith.rollout.fast.attention import Rows, Tables
 from rewardsmith.rollout.fast.cache import pages_for
 from rewardsmith.rollout.fast.decode import Decoder, Prompt
 from rewardsmith.rollout.memory import free_bytes
-from rewardsmith.rollout.sampling import Cut, Support, draw, log_probs, uniforms
+from rewardsmith.rollout.sampling import Cut, GrowingSupport, draw, log_probs, uniforms
 
 if TYPE_CHECKING:
     from rewardsmith.config import SamplingParamsConfig
@@ -56,7 +56,7 @@ class _Sequence:
     cut: Cut
     slot: int = -1
     pages: list[int] = field(default_factory=list)
-    support: list[Tensor] = field(default_factory=list)
+    support: GrowingSupport = field(default_factory=GrowingSupport)
 
 
 class Batch:
@@ -83,12 +83,14 @@ class Batch:
         self._is_stop_V[[i for i in stop_ids if i < decoder.vocab]] = True
         self._slots = slots
         self._waiting: deque[_Sequence] = deque()
-        self._prompts: dict[tuple[int, ...], Prompt] = {}
         self._clear()
 
     def _clear(self) -> None:
-        """As when nothing runs: keeps no memory."""
+        """Only what waits is left, with its prompts still to be read: keeps no memory."""
         self._decoder.clear()
+        self._prompts: dict[tuple[int, ...], Prompt] = {}
+        for sequence in self._waiting:
+            sequence.prompt = self._prompt_of(sequence.request)
         self._running: list[_Sequence] = []  # in the order of the rows
         self._rows: Rows | None = None
         self._free_slots = list(range(self._slots))[::-1]
@@ -109,9 +111,14 @@ class Batch:
         """Raises ModelError when the prompt leaves no room in the model's context."""
         params = request.params
         limit = min(params.max_tokens, room_after(request.prompt, self._decoder.architecture.context))
+        cut = Cut(params.top_k, params.top_p, params.min_p)
+        self._waiting.append(_Sequence(request, self._prompt_of(request), limit, cut))
+
+    def _prompt_of(self, request: Request) -> Prompt:
+        """The one prompt of all requests that begin so, for one user more."""
         prompt = self._prompts.setdefault(tuple(request.prompt), Prompt(request.prompt))
         prompt.users += 1
-        self._waiting.append(_Sequence(request, prompt, limit, Cut(params.top_k, params.top_p, params.min_p)))
+        return prompt
 
     def cancel(self, keys: set[Hashable]) -> None:
         """Forgets these requests, waiting or running."""
@@ -125,7 +132,18 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> Step:
-        """One more token for all that runs, after those that wait have been let in."""
+        """One more token for all that runs, after those that wait have been let in.
+
+        When it raises, what ran or was being let in is forgotten; what waits still waits. Raises ModelError for what
+        the model or a request's sampling parameters have to answer for.
+        """
+        try:
+            return self._step()
+        except BaseException:
+            self._clear()  # nothing half done may be built upon: a prompt that has pages and was not read, for one
+            raise
+
+    def _step(self) -> Step:
         joining = self._admit()
         hidden = []
         if self._rows is not None:
@@ -262,7 +280,7 @@ class Batch:
             ids_N[at], logps_N[at] = drawn.ids_B, drawn.logps_B
             places = range(len(rows)) if index is None else index.tolist()
             for n, ids in zip(places, drawn.support or (), strict=False):
-                self._running[n].support.append(ids)
+                self._running[n].support.add(ids)
         return ids_N, logps_N
 
     def _at_stop_string(self) -> Tensor:
@@ -284,7 +302,7 @@ class Batch:
             self._ids_SM[sequence.slot, :length].tolist(),
             logps,
             "stop" if stopped else "length",
-            support=Support.of(sequence.support) if sequence.cut.acts else None,
+            support=sequence.support.whole() if sequence.cut.acts else None,
         )
         if self._decode is None:
             return completion

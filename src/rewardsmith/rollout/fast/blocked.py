@@ -20,7 +20,7 @@ from rewardsmith.rollout.model.weights import Weights
 
 FEWEST_ROWS = 16  # with fewer, reading the weights takes most of the time, and making copies would not pay
 LEAST_BYTES = 4 * 2**20  # of a layer; smaller ones stay in a CPU's caches and gain nothing
-SHARE = 1 / 4  # of the free memory that copies may take
+SHARE = 1 / 4  # of the free memory that the copies of all processes may take
 
 # Internal to torch, whose compiler uses them; so they are looked for, and done without where they are not.
 _onednn = torch.ops.mkldnn
@@ -31,27 +31,49 @@ HAS_ONEDNN = (
 )
 
 
-class Blocked:
-    """Multiplies with the linear layers of `weights` and with the first `vocab` rows of its head, copied or not."""
+def most_bytes(free: int, processes: int = 1) -> int:
+    """What the copies of each process may take of `free` bytes that they share: each makes copies of its own."""
+    return int(SHARE * free / processes)
 
-    def __init__(self, weights: Weights, vocab: int) -> None:
-        self._weights, self._vocab = weights, vocab
+
+def bytes_of_copies(linear: int, layers: int, head: int, rows: int, most: int) -> int:
+    """What copies of float32 weights on a CPU take, 0 where none are made.
+
+    `linear` are the bytes of all `layers`, `head` those of the head, `rows` the sequences that are sampled at a time.
+    """
+    pays = HAS_ONEDNN and rows >= FEWEST_ROWS and linear >= LEAST_BYTES * layers
+    return linear + head if pays and linear + head <= most else 0
+
+
+class Blocked:
+    """Multiplies with the linear layers of `weights` and with the first `vocab` rows of its head, copied or not.
+
+    `most` is what copies may take, in bytes; None: a share of what is free when a batch begins.
+    """
+
+    def __init__(self, weights: Weights, vocab: int, most: int | None = None) -> None:
+        self._weights, self._vocab, self._most = weights, vocab, most
         self._copies: dict[int, Tensor] = {}  # by the address of what was copied
+        self._decided = False
 
     def make(self, rows: int) -> None:
-        """Copies for products with about so many rows, unless there are some, they would not pay or memory is short."""
-        like = self._weights.embed_VH
-        if self._copies or rows < FEWEST_ROWS or not (HAS_ONEDNN and like.is_cpu and like.dtype == torch.float32):
+        """Copies for products with about so many rows; none when they would not pay or memory is short."""
+        if self._decided or rows < FEWEST_ROWS:
             return
-        originals = [projection.weight_OI for projection in self._weights.projections]
-        originals.append(self._weights.head_VH[: self._vocab])
-        layer = sum(projection.base_OI.nbytes for projection in self._weights.layers[0].projections)
-        if layer >= LEAST_BYTES and sum(w_OI.nbytes for w_OI in originals) <= SHARE * free_bytes(like.device):
+        self._decided = True
+        weights, like = self._weights, self._weights.embed_VH
+        if not (like.is_cpu and like.dtype == torch.float32):
+            return
+        head_VH = weights.head_VH[: self._vocab]
+        linear = sum(projection.base_OI.nbytes for projection in weights.projections)
+        most = most_bytes(free_bytes(like.device)) if self._most is None else self._most
+        if bytes_of_copies(linear, len(weights.layers), head_VH.nbytes, rows, most):
+            originals = [*(projection.weight_OI for projection in weights.projections), head_VH]
             self._copies = {w_OI.data_ptr(): _onednn._reorder_linear_weight(w_OI, rows) for w_OI in originals}
 
     def drop(self) -> None:
         """Gives the memory back. To be called when the weights change, too."""
-        self._copies = {}
+        self._copies, self._decided = {}, False
 
     def product(self, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """x W^T + b, N x O."""

@@ -32,13 +32,13 @@ class Prompt:
 
 
 class Decoder:
-    def __init__(self, weights: Weights, kernels: Kernels, vocab: int) -> None:
+    def __init__(self, weights: Weights, kernels: Kernels, vocab: int, blocked_bytes: int | None = None) -> None:
         self.weights, self.kernels, self.vocab = weights, kernels, vocab
         self.architecture = weights.architecture
         self.rotary = Rotary(weights.architecture, weights.embed_VH)
         self.cache = Cache(weights.architecture, weights.embed_VH)
         self._graphs = Graphs()
-        self.blocked = Blocked(weights, vocab)
+        self.blocked = Blocked(weights, vocab, blocked_bytes)
         kernels.ops.product = self.blocked.product
 
     def clear(self) -> None:

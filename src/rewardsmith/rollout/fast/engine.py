@@ -24,15 +24,18 @@ if TYPE_CHECKING:
 
     from rewardsmith.config import SamplingParamsConfig
 
-SLOTS = 64  # sequences at once: matrix products of fewer rows are slower, of more rows hardly faster
+# Sequences at once. On a CPU matrix products of fewer rows are slower, of more rows hardly faster; on a GPU each step
+# reads all weights, whatever the number of rows (not measured).
+SLOTS = {"cpu": 64, "cuda": 256}
 
 
 class FastEngine:
     """Samples with `weights` as they are: base, bound adapter, merged or not.
 
     Without a tokenizer, completions have no text (`engine.with_text` adds it) and stop strings cannot be asked for.
-    `between_tokens` is called once per decode step and may raise to end it all. `kernel` says what computes: "native"
-    or "triton", or "torch: " and why.
+    `between_tokens` is called once per decode step and may raise to end it all. At most `slots` sequences run, those of
+    the device when None; for `cache_bytes` see `Batch`, for `blocked_bytes` see `Blocked`. `kernel` says what computes:
+    "native" or "triton", or "torch: " and why.
     """
 
     def __init__(
@@ -43,8 +46,9 @@ class FastEngine:
         vocab: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
         between_tokens: Callable[[], None] = lambda: None,
-        slots: int = SLOTS,
+        slots: int | None = None,
         cache_bytes: int | None = None,
+        blocked_bytes: int | None = None,
         kernels: Kernels | None = None,
     ) -> None:
         kernels = kernels or choose(weights.architecture, weights.embed_VH)
@@ -52,11 +56,11 @@ class FastEngine:
         self.vocab = vocab
         self._weights = weights
         self._between_tokens = between_tokens
-        self._decoder = Decoder(weights, kernels, vocab)
+        self._decoder = Decoder(weights, kernels, vocab, blocked_bytes)
         self.batch = Batch(
             self._decoder,
             stop_ids=stop_ids,
-            slots=slots,
+            slots=slots or SLOTS[weights.embed_VH.device.type],
             cache_bytes=cache_bytes,
             decode=decoder(tokenizer) if tokenizer is not None else None,
         )
@@ -68,13 +72,17 @@ class FastEngine:
     def load_adapter(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Copies the tensors into the bound adapter, and makes the merged weights anew where there are any."""
         self.take_adapter(tensors, version)
-        self._weights.merge()
+        self.merge()
 
     def take_adapter(self, tensors: Mapping[str, Tensor], version: int) -> None:
-        """Copies the tensors; for a caller that sees to `Weights.merge` itself."""
+        """Copies the tensors; for a caller that sees to `merge` itself."""
         take_over(self._weights.adapter(), tensors, version)
-        self._decoder.blocked.drop()
         self._weights.version = version
+
+    def merge(self, shard: int = 0, shards: int = 1) -> None:
+        """`Weights.merge`; what was copied of the weights before is forgotten, also of other processes' shards."""
+        self._decoder.blocked.drop()
+        self._weights.merge(shard, shards)
 
     def fingerprint(self) -> Fingerprint:
         return Fingerprint.of(self._weights.adapter())

@@ -1,8 +1,10 @@
-"""Proof that what a projection multiplies with is the base that was loaded and the adapter that was delivered.
+"""Proof that the weights hold the base that was loaded and, merged, the adapter that was delivered.
 
 One row of each linear layer is looked at: of the base by its bits, of the merged copy by its value, which has to be
 base + scaling * B A up to rounding. A look is cheap, so it is taken at every delivery; another row each time. The whole
-adapter, all of A and B, is compared by `adapter.Fingerprint`.
+adapter, all of A and B, is compared by `adapter.Fingerprint`. What an engine makes of these weights is not looked at:
+copies in another layout (`fast.blocked`) come from them when a batch begins and are dropped at delivery. That it
+computes with the right ones is seen by its log-probs, which the trainer compares with its own every step.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 The base is never written to. Fused base weights are the storage that the transformers model reads too, as views; the
 merged copy (base + scaling * B A) is made anew from the pristine base at every delivery, so rounding never adds up
-(peers lose the base model to merging and unmerging in place). `verify` proves on sampled rows that what will be
-multiplied with is the base it was and the adapter that was delivered; how is in `delivery`. Nothing here trains or
-samples, and nothing needs transformers once `fuse` is done: another process that receives a pickled Weights whose
-tensors are shared reads the same memory.
+(peers lose the base model to merging and unmerging in place). `verify` proves on sampled rows that base and merged copy
+are what was loaded and delivered; how, and what that leaves out, is in `delivery`. Nothing here trains or samples, and
+nothing needs transformers once `fuse` is done: another process that receives a pickled Weights whose tensors are shared
+reads the same memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rewardsmith.errors import DeliveryError, ModelError
-from rewardsmith.rollout.adapter import PREFIX, low_rank_pairs, tensor_names
+from rewardsmith.rollout.adapter import low_rank_pairs, tensor_names
 from rewardsmith.rollout.model import delivery
 from rewardsmith.rollout.model.architecture import LINEAR, Architecture, base_of, layer_modules
 from rewardsmith.rollout.model.projection import Part, Projection
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["PREFIX", "LayerWeights", "Part", "Projection", "Weights"]
+__all__ = ["LayerWeights", "Part", "Projection", "Weights"]
 
 NORMS = ("input_norm", "q_norm", "k_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
 ALIGNMENT = 64  # bytes to which tensors in one storage begin

@@ -1,17 +1,18 @@
-"""Jobs: submit, steer, change rewards, and read everything a run tells (contract 1.5, 5.1, and our own)."""
+"""Jobs: submit, steer, and read everything a run tells (contract 1.5, 5.1, and our own)."""
 
 from __future__ import annotations
 
 import hashlib
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.websockets import WebSocket
 
 from rewardsmith import wire
-from rewardsmith.errors import ConfigError, Conflict, NotFound
+from rewardsmith.errors import ConfigError, NotFound
 from rewardsmith.jobs.local import log_file, tail
 from rewardsmith.rewards.outcomes import Outcome
 from rewardsmith.server import events, submission
@@ -59,6 +60,7 @@ def create_job(
             continue_from=request.continue_from_version,
             idempotency_key=idempotency_key,
             body_sha256=body_sha256,
+            job_secrets=checked.secrets,
         )
     return _readable_by(user_agent, job)
 
@@ -118,26 +120,6 @@ def resume_job(uuid: str, caller: Caller, store: StoreOf) -> wire.Job:
     return store.runs.request(uuid, "resume")
 
 
-@router.put("/{uuid}/config", response_model=wire.Revision, responses={204: {"description": "nothing differs"}})
-def change_rewards(
-    uuid: str, config: Annotated[dict[str, Any], Body()], caller: Caller, store: StoreOf
-) -> wire.Revision | Response:
-    """The whole config with other reward functions; they score from one of the next steps on."""
-    job = store.runs.get(uuid)
-    if job.status in wire.TERMINAL:
-        raise Conflict(f"the job is {job.status}; its reward functions can change only while it runs")
-    changed = submission.check_change(job, config)
-    if changed is None:
-        return Response(status_code=204)
-    return store.runs.add_revision(uuid, changed.params, changed.functions, caller.username)
-
-
-@router.get("/{uuid}/revisions")
-def list_revisions(uuid: str, caller: Caller, store: StoreOf) -> list[wire.Revision]:
-    """Every set of reward functions the job has had, oldest first."""
-    return store.runs.revisions(uuid)
-
-
 @router.get("/{uuid}/events")
 def list_events(uuid: str, caller: Caller, store: StoreOf) -> list[wire.JobEvent]:
     """The timeline, oldest first."""
@@ -190,32 +172,29 @@ def list_completions(
     )
 
 
+class FoldQuery(wire.LogFilters):
+    after: str | None = None
+    limit: Annotated[int, Field(ge=1, le=500)] = 50
+
+
+class LogQuery(FoldQuery):
+    order: Literal["newest", "oldest"] = "newest"
+
+
 @router.get("/{uuid}/reward-logs")
-def list_reward_logs(
-    uuid: str,
-    caller: Caller,
-    store: StoreOf,
-    function: FunctionOfJob,
-    revision: Count | None = None,
-    step: Count | None = None,
-    outcome: Outcome | None = None,
-    text: str | None = None,
-    order: Literal["newest", "oldest"] = "newest",
-    after: str | None = None,
-    limit: Limit = 50,
-) -> wire.Page:
-    """What reward functions printed and how they failed."""
-    return store.completions.reward_logs(
-        uuid,
-        function=function,
-        revision=revision,
-        step=step,
-        outcome=outcome,
-        text=text,
-        order=order,
-        after=after,
-        limit=limit,
-    )
+def list_reward_logs(uuid: str, query: Annotated[LogQuery, Query()], caller: Caller, store: StoreOf) -> wire.Page:
+    """Calls of reward functions: what they printed and how they failed, and with `every` all others too."""
+    _function_of_job(uuid, store, query.function)
+    return store.completions.reward_logs(uuid, query, order=query.order, after=query.after, limit=query.limit)
+
+
+@router.get("/{uuid}/reward-logs/folded")
+def fold_reward_logs(
+    uuid: str, query: Annotated[FoldQuery, Query()], caller: Caller, store: StoreOf
+) -> wire.FoldedLogs:
+    """The same, calls that said the same but for numbers as one with a count, the most frequent first."""
+    _function_of_job(uuid, store, query.function)
+    return store.completions.folded_logs(uuid, query, after=query.after, limit=query.limit)
 
 
 @router.get("/{uuid}/log", response_class=PlainTextResponse)

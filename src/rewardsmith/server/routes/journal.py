@@ -20,8 +20,9 @@ Number = Annotated[int, Path(ge=1, lt=2**31)]
 
 
 @router.get("/spec")
-def get_spec(uuid: str, caller: Caller, store: StoreOf) -> wire.JobSpec:
-    return store.runs.spec(uuid, _fence(caller))
+def get_spec(uuid: str, caller: Caller, store: StoreOf, config: ConfigOf) -> wire.JobSpec:
+    spec = store.runs.spec(uuid, _fence(caller))
+    return spec.model_copy(update={"private_endpoints": list(config.private_endpoints)})
 
 
 @router.get("/revisions/{number}")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
+from rewardsmith import machine
 from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import ModelError
 from rewardsmith.quantities import size
@@ -22,7 +23,7 @@ from rewardsmith.rollout.memory import free_bytes
 from rewardsmith.train.estimate.calibration import LAYERS, Clock, Load, Measured, measure
 from rewardsmith.train.estimate.footprint import Memory, Shape, lay_out, need
 from rewardsmith.train.forecast import peak_bytes
-from rewardsmith.train.parallel.ranks import SMALL_MODEL_BYTES, Ranks, available_cores
+from rewardsmith.train.parallel.ranks import SMALL_MODEL_BYTES, Ranks
 
 DEFAULT_PROMPT_TOKENS = 256
 SHORTEST = 16  # tokens of a completion that is worth advising
@@ -110,7 +111,7 @@ def _estimate(
     elif 2 * trial > available:
         unmeasured = f"a model of {few.layers} layers, which is timed in its place, would already take {size(trial)}"
     else:
-        measured = measure(model_config, config, load, teams, slots=SLOTS, clock=clock)
+        measured = measure(model_config, config, load, teams, slots=SLOTS[device.type], clock=clock)
         fast, ranks = measured.fast, measured.ranks
     return Estimate(
         model=source,
@@ -118,7 +119,7 @@ def _estimate(
         load=load,
         device=torch.cuda.get_device_name() if on_gpu else "cpu",
         ranks=ranks,
-        threads=1 if ranks > 1 else available_cores(),
+        threads=1 if ranks > 1 else machine.threads(),
         # The number of layers that it ends in is the shallow model's.
         path=measured.path.partition(", adapter")[0] if measured else "",
         notices=measured.notices if measured else [],

@@ -19,9 +19,11 @@ from rewardsmith.rollout.fast import blocked
 from rewardsmith.rollout.fast.engine import SLOTS
 from rewardsmith.train.estimate.calibration import Load
 from rewardsmith.train.fast.head import CHUNK_LOGITS
-from rewardsmith.train.fast.memory import FEWEST_ROWS, ROWS, SHARE
+from rewardsmith.train.fast.memory import SHARE, micro_batch, row_numbers
 from rewardsmith.train.learner import MERGED_SHARE
 from rewardsmith.train.lora import LINEAR
+from rewardsmith.train.parallel.rank import sharing_memory
+from rewardsmith.train.plain import MICRO_BATCH_LOGITS, MICRO_BATCH_TOKENS
 
 WORKER_BYTES = 60 * 2**20  # what a forked worker comes to own of the interpreter and of torch
 ADAPTER_BYTES = 4  # PEFT keeps adapters in float32
@@ -53,11 +55,18 @@ class Shape:
     qk_norms: bool = False
     post_norms: bool = False
 
-    def row_numbers(self) -> int:
-        """What one token leaves for the backward pass (`memory.bytes_per_row`, in numbers)."""
-        kept = 2 * self.hidden + 2 * (self.heads + self.kv_heads) * self.head_dim + 2 * self.intermediate
-        kept += (self.heads + 2 * self.kv_heads) * self.head_dim * self.qk_norms + 2 * self.hidden * self.post_norms
-        return self.layers * kept + 6 * (self.intermediate + self.hidden)
+    def row_numbers(self, recompute: bool = False) -> int:
+        """`memory.row_numbers` of this model."""
+        return row_numbers(
+            layers=self.layers,
+            hidden=self.hidden,
+            intermediate=self.intermediate,
+            q=self.heads * self.head_dim,
+            kv=self.kv_heads * self.head_dim,
+            qk_norms=self.qk_norms,
+            post_norms=self.post_norms,
+            recompute=recompute,
+        )
 
     def with_layers(self, layers: int) -> Shape:
         linear = self.linear * layers // self.layers
@@ -137,7 +146,7 @@ def need(
 ) -> Memory:
     """Bytes at the peak of a step. `own` is what the first process holds before it has a model."""
     item = 2 if device.type == "cuda" else 4
-    ranks = 1 if device.type == "cuda" else ranks  # on GPUs each has a card, and all of this, to itself
+    ranks = sharing_memory(ranks, device.type)
     # Parameter, gradient and both moments; the engine's copy; each rank's gradient, once while it is summed up.
     copies = 5 + 2 * ranks if fast else 5
     # In half precision, and where memory is short, the adapter is applied beside the weights.
@@ -148,31 +157,34 @@ def need(
         "adapter, optimizer": ADAPTER_BYTES * copies * shape.adapter,
         "processes": 0 if device.type == "cuda" else own + (ranks - 1) * WORKER_BYTES,
     }
-    room = max(0.0, SHARE * (available - sum(parts.values())))
-    update, rows = _update(shape, load, item, ranks, room, fast)
-    return Memory(parts, _generation(shape, load, item, ranks, room, fast), update, available, rows)
+    free = max(0, available - sum(parts.values()))
+    update, rows = _update(shape, load, device.type, item, ranks, free, fast)
+    return Memory(parts, _generation(shape, load, device.type, item, ranks, free, fast), update, available, rows)
 
 
-def _generation(shape: Shape, load: Load, item: int, ranks: int, room: float, fast: bool) -> int:
+def _generation(shape: Shape, load: Load, device: str, item: int, ranks: int, free: int, fast: bool) -> int:
     """The cache of all that is sampled at a time, the logits of its next token, and each rank's blocked weights."""
-    slots = min(load.completions, SLOTS * ranks) if fast else load.completions
+    slots = min(load.completions, SLOTS[device] * ranks) if fast else load.completions
     prompts = -(-slots // load.group) if fast else slots  # the plain engine has a copy for each completion
     one = item * shape.cache_numbers() * (load.prompt_tokens + load.longest)
     cache = item * shape.cache_numbers() * (prompts * load.prompt_tokens + slots * load.longest)
-    copies = ranks * item * (shape.linear + shape.hidden * shape.vocab)
-    large = item * shape.linear >= blocked.LEAST_BYTES * shape.layers
-    if not (fast and item > 2 and large and slots >= blocked.FEWEST_ROWS * ranks and copies <= blocked.SHARE * room):
-        copies = 0
-    return int(max(one, min(cache, room))) + 4 * slots * shape.vocab * 4 + copies
+    copies = 0
+    if fast and device == "cpu":
+        linear, head = item * shape.linear, item * shape.hidden * shape.vocab
+        most = blocked.most_bytes(free, ranks)
+        copies = ranks * blocked.bytes_of_copies(linear, shape.layers, head, slots // ranks, most)
+    return int(max(one, min(cache, SHARE * free))) + 4 * slots * shape.vocab * 4 + copies
 
 
-def _update(shape: Shape, load: Load, item: int, ranks: int, room: float, fast: bool) -> tuple[int, int]:
+def _update(shape: Shape, load: Load, device: str, item: int, ranks: int, free: int, fast: bool) -> tuple[int, int]:
     """Bytes of a micro-batch of every rank, and its tokens."""
-    row = item * shape.row_numbers() * (1 if fast else PLAIN_EXCESS)
-    rows = ROWS["cpu" if item > 2 else "cuda"]
-    while rows > max(room / ranks / row, FEWEST_ROWS):
-        rows //= 2
-    longest = load.prompt_tokens + load.longest
+    row, again = item * shape.row_numbers(), item * shape.row_numbers(recompute=True)
+    longest = load.prompt_tokens + load.longest - 1  # the last token is not fed
+    if not fast:
+        rows = min(MICRO_BATCH_TOKENS, MICRO_BATCH_LOGITS // shape.vocab, load.completions * longest)
+        rows = max(longest, rows)
+        return rows * row * PLAIN_EXCESS + 3 * 4 * rows * shape.vocab, rows
+    rows, recompute = micro_batch(row, again, load.prompt_tokens, longest, SHARE * free / ranks, device)
     rows = max(longest, min(rows, load.packed_tokens // ranks))
-    logits = min(CHUNK_LOGITS["cpu" if item > 2 else "cuda"], rows * shape.vocab) if fast else rows * shape.vocab
-    return ranks * (rows * row + 3 * 4 * logits), rows
+    logits = min(CHUNK_LOGITS[device], rows * shape.vocab)
+    return ranks * (rows * (again if recompute else row) + 3 * 4 * logits), rows

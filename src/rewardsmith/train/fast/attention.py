@@ -3,7 +3,8 @@
 Rows are computed in tiles: adjacent rows of a prompt or of completions of one prompt, with all keys that any of them
 sees, the prompt's first and then their own; a mask hides what one row must not see of the others. Probabilities are
 computed again in the backward pass. Query heads that share a key head are rows of one product. No tile has more scores
-than `TILE_NUMBERS`, so memory does not grow with the square of the length.
+than `TILE_NUMBERS`, so memory does not grow with the square of the length. Of a model in 16 bits, positions are turned
+and scores and probabilities kept in float32, as its sampler has them; only what goes into a product is rounded.
 """
 
 from __future__ import annotations
@@ -56,14 +57,15 @@ class PackedAttention:
 
     def __init__(self, architecture: Architecture, pack: Pack, dtype: torch.dtype) -> None:
         self.architecture = architecture
+        self.wide = wide = torch.promote_types(dtype, torch.float32)
         device = pack.ids_R.device
         kind = "cpu" if device.type == "cpu" else "cuda"
         limit, cost = (number / architecture.heads for number in (TILE_NUMBERS[kind], TILE_COST[kind]))
         self._tiles = {
-            window: [tile_of(rows, window, dtype, device) for rows in divided(pack.segments, limit, cost)]
+            window: [tile_of(rows, window, wide, device) for rows in divided(pack.segments, limit, cost)]
             for window in {layer.window for layer in architecture.layers}
         }
-        self._turns = {layer.rope: turns(layer.rope, pack.positions_R, dtype) for layer in architecture.layers}
+        self._turns = {layer.rope: turns(layer.rope, pack.positions_R, wide) for layer in architecture.layers}
         self._largest = max(tile.numbers for tiles in self._tiles.values() for tile in tiles) * architecture.heads
         self._scratch: dict[int, Tensor] = {}
 
@@ -81,7 +83,7 @@ class PackedAttention:
     def scratch(self, number: int, tile: Tile, like: Tensor) -> Tensor:
         """Room for a tile's scores, key heads x rows of all heads x columns: the same for all tiles and layers."""
         if number not in self._scratch:
-            self._scratch[number] = like.new_empty(self._largest)
+            self._scratch[number] = like.new_empty(self._largest, dtype=self.wide)
         heads, group = self.architecture.kv_heads, self.architecture.heads // self.architecture.kv_heads
         room = self._scratch[number][: self.architecture.heads * tile.numbers]
         return room.view(heads, group * (tile.stop - tile.start), -1)
@@ -168,8 +170,14 @@ def tile_of(rows: Sequence[Stretch], window: int | None, dtype: torch.dtype, dev
 
 
 def rotate(x: Tensor, turns: tuple[Tensor, Tensor], out: Tensor, scale: float = 1.0, back: bool = False) -> Tensor:
-    """`x` turned by rotary positions, times `scale`, into `out`. Number i of a head turns with number i + F, i < F."""
+    """`x` turned by rotary positions, times `scale`, into `out`. Number i of a head turns with number i + F, i < F.
+
+    In the precision of `turns`, rounded once to that of `out`.
+    """
     cos, sin = turns
+    if out.dtype != cos.dtype:
+        wide = torch.empty_like(out, dtype=cos.dtype)
+        return out.copy_(rotate(x.to(cos.dtype), turns, wide, scale, back))
     if scale != 1.0:
         cos, sin = cos * scale, sin * scale
     turned = cos.shape[-1]
@@ -198,7 +206,7 @@ class _Attention(Function):
         out_RHD = q_RHD.new_empty(rows, heads, size)
         for tile in attention.tiles(index):
             probs, _ = _probabilities(_rows(q_KRGD, tile), _seen(k_KRD, tile), tile, attention)
-            out_KMD = probs @ _seen(v_KRD, tile)
+            out_KMD = probs.to(v_KRD.dtype) @ _seen(v_KRD, tile)
             _by_key_head(out_RHD, len(k_KRD))[:, tile.start : tile.stop] = torch.unflatten(
                 out_KMD, 1, (-1, q_KRGD.shape[2])
             )
@@ -211,27 +219,29 @@ class _Attention(Function):
         q_KRGD, k_KRD, v_KRD, out_RHD = ctx.saved_tensors
         attention, index = ctx.attention, ctx.index
         kv_heads, rows, _, size = q_KRGD.shape
+        narrow = q_KRGD.dtype
         # What the softmax takes off the gradients of a row's probabilities: their mean under these.
-        mean_RH1 = (d_RHD * out_RHD).sum(-1, keepdim=True)
+        mean_RH1 = (d_RHD.to(attention.wide) * out_RHD).sum(-1, keepdim=True)
         mean_KRG1 = _by_key_head(mean_RH1, kv_heads).contiguous()
         d_KRGD = _by_key_head(d_RHD, kv_heads).contiguous()
         dq_KRGD = torch.empty_like(q_KRGD)
-        dk_KRD, dv_KRD = torch.zeros_like(k_KRD), torch.zeros_like(v_KRD)
+        dk_KRD, dv_KRD = (torch.zeros_like(x, dtype=attention.wide) for x in (k_KRD, v_KRD))
         for tile in attention.tiles(index):
             q_KMD, d_KMD, k_KCD = _rows(q_KRGD, tile), _rows(d_KRGD, tile), _seen(k_KRD, tile)
             probs, slope = _probabilities(q_KMD, k_KCD, tile, attention)
-            d_scores = torch.bmm(d_KMD, _seen(v_KRD, tile).mT, out=attention.scratch(0, tile, d_KMD))
+            d_scores = _wide_product(d_KMD, _seen(v_KRD, tile), attention.scratch(0, tile, d_KMD))
             d_scores.sub_(_rows(mean_KRG1, tile)).mul_(probs)
             if slope is not None:
                 d_scores.mul_(slope)
+            probs, d_scores = probs.to(narrow), d_scores.to(narrow)
             _add(dv_KRD, probs.mT @ d_KMD, tile)
             _add(dk_KRD, d_scores.mT @ q_KMD, tile)
             torch.bmm(d_scores, k_KCD, out=_rows(dq_KRGD, tile))
         turned, scale = attention.turns(index), attention.architecture.attention_scale
         dq_RHD = torch.empty_like(out_RHD)
         rotate(dq_KRGD, turned, _by_key_head(dq_RHD, kv_heads), scale, back=True)
-        dk_RKD = rotate(dk_KRD.transpose(0, 1), turned, dk_KRD.new_empty(rows, kv_heads, size), back=True)
-        return dq_RHD, dk_RKD, dv_KRD.transpose(0, 1), None, None
+        dk_RKD = rotate(dk_KRD.transpose(0, 1), turned, k_KRD.new_empty(rows, kv_heads, size), back=True)
+        return dq_RHD, dk_RKD, dv_KRD.to(narrow).transpose(0, 1), None, None
 
 
 def _by_key_head(x_RHD: Tensor, kv_heads: int) -> Tensor:
@@ -259,11 +269,20 @@ def _add(total_KRD: Tensor, d_KCD: Tensor, tile: Tile) -> None:
     total_KRD[:, tile.first_key : tile.stop] += d_KCD[:, tile.prompt :]
 
 
+def _wide_product(x_KMD: Tensor, y_KCD: Tensor, out: Tensor) -> Tensor:
+    """x y^T into `out`, which may be wider than both: then the sums are not rounded to their precision."""
+    if x_KMD.dtype == out.dtype:
+        return torch.bmm(x_KMD, y_KCD.mT, out=out)
+    if x_KMD.is_cuda:
+        return torch.bmm(x_KMD, y_KCD.mT, out_dtype=out.dtype, out=out)
+    return torch.bmm(x_KMD.to(out.dtype), y_KCD.mT.to(out.dtype), out=out)
+
+
 def _probabilities(
     q_KMD: Tensor, k_KCD: Tensor, tile: Tile, attention: PackedAttention
 ) -> tuple[Tensor, Tensor | None]:
     """(probabilities, d softcapped score / d score or None)."""
-    scores = torch.bmm(q_KMD, k_KCD.mT, out=attention.scratch(0, tile, q_KMD))
+    scores = _wide_product(q_KMD, k_KCD, attention.scratch(0, tile, q_KMD))
     cap, slope = attention.architecture.attention_softcap, None
     if cap is not None:
         scores.div_(cap).tanh_()

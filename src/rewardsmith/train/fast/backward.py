@@ -2,7 +2,7 @@
 
 Only the adapter learns, so no gradient of a base weight is ever computed; those of A and B are added up in
 `AdapterGradient` as the backward pass goes by. A linear layer keeps no input that can be made again from what is kept
-anyway: norms and gates are recomputed. `layers.run` puts these together, `fast` drives them.
+anyway: norms and gates are recomputed. `layers.run` puts these together, `gradient` drives them.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class BaseOps(PlainOps):
 class LowRank:
     """One projection's adapter as the backward pass reads and fills it: the A of all S ranks of its parts stacked.
 
+    All products are in the adapter's precision, which may be wider than the weights', as they are in the forward pass.
     The gradients lack the factor `scaling`. B's is kept transposed: the product is several times faster that way.
     """
 
@@ -46,8 +47,8 @@ class LowRank:
 
     def __post_init__(self) -> None:
         bound = self.parts
-        self.a_SI = torch.cat([part.a_RI for part in bound]).to(self.projection.base_OI.dtype)
-        self.a_grad_SI = torch.zeros_like(self.a_SI, dtype=bound[0].a_RI.dtype)
+        self.a_SI = torch.cat([part.a_RI for part in bound])
+        self.a_grad_SI = torch.zeros_like(self.a_SI)
         self.b_grads_RO = [torch.zeros_like(part.b_OR.T, memory_format=torch.contiguous_format) for part in bound]
         self.ranks, start = [], 0
         for part in bound:
@@ -60,21 +61,15 @@ class LowRank:
 
     def add(self, x_NI: Tensor, dy_NO: Tensor) -> Tensor:
         """Adds the gradients of one micro-batch. Returns dY B, N x S."""
+        x_NI = x_NI.to(self.a_SI.dtype)
         ax_NS = x_NI @ self.a_SI.T
         dyb_NS = torch.empty_like(ax_NS)
         for part, ranks, b_grad_RO in zip(self.parts, self.ranks, self.b_grads_RO, strict=True):
-            dy_NP = dy_NO[:, part.start : part.stop]
-            torch.mm(dy_NP, part.b_OR.to(dy_NP.dtype), out=dyb_NS[:, ranks])
-            _add_product(b_grad_RO, ax_NS[:, ranks].T, dy_NP)
-        _add_product(self.a_grad_SI, dyb_NS.T, x_NI)
+            dy_NP = dy_NO[:, part.start : part.stop].to(ax_NS.dtype)
+            torch.mm(dy_NP, part.b_OR, out=dyb_NS[:, ranks])
+            b_grad_RO.addmm_(ax_NS[:, ranks].T, dy_NP)
+        self.a_grad_SI.addmm_(dyb_NS.T, x_NI)
         return dyb_NS
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
 
 
 class AdapterGradient:
@@ -179,7 +174,10 @@ class _Linear(Function):
         if ctx.needs_input_grad[0]:
             dx = dy @ projection.weight_OI
             if dyb_NS is not None and not projection.merged:
-                dx.addmm_(dyb_NS, low_rank.a_SI, alpha=projection.scaling)
+                if dx.dtype == dyb_NS.dtype:
+                    dx.addmm_(dyb_NS, low_rank.a_SI, alpha=projection.scaling)
+                else:
+                    dx.add_(dyb_NS @ low_rank.a_SI, alpha=projection.scaling)
         return dx, None, None, None, None
 
 

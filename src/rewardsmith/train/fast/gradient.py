@@ -7,9 +7,10 @@ large a micro-batch may be is `memory`'s business. The plain path (`plain`) comp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from rewardsmith.train.fast.memory import Budget, out_of_memory
 from rewardsmith.train.fast.packed import length, pack, split
 from rewardsmith.train.fast.recompute import run_recomputing
 from rewardsmith.train.losses import LossSettings
+
+Found = TypeVar("Found")
 
 
 def gradient(
@@ -46,18 +49,34 @@ def gradient(
     if not learned:
         return Gradient(0.0, 0.0 if settings.beta else None, 0, 0, 0, [None] * len(examples))
     head = Head(weights, temperature, vocab)
-    prompt, longest = _extremes([examples[place] for place in learned])
-    while True:
+
+    def attempt(parts: Sequence[list[int]]) -> tuple[Gradient, AdapterGradient]:
         total = AdapterGradient(weights)
-        parts = split(examples, learned, budget.rows(weights, prompt, longest))
+        found = _gradient(weights, examples, parts, settings, head, total, budget.recompute, old_logps)
+        return found, total
+
+    found, total = _as_fits(weights, examples, learned, budget, attempt)
+    total.add_to(gradients)
+    return found
+
+
+def _as_fits(
+    weights: Weights,
+    examples: Sequence[Example],
+    places: Sequence[int],
+    budget: Budget,
+    attempt: Callable[[Sequence[list[int]]], Found],
+) -> Found:
+    """`attempt` on the examples at `places` in micro-batches, and again in smaller ones when memory runs out."""
+    prompt = max((len(examples[place].prompt) for place in places), default=0)
+    longest = max((length(examples[place]) for place in places), default=0)
+    while True:
+        parts = split(examples, places, budget.rows(weights, prompt, longest))
         try:
-            found = _gradient(weights, examples, parts, settings, head, total, budget.recompute, old_logps)
+            return attempt(parts)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-        else:
-            total.add_to(gradients)
-            return found
         # Only here has Python let go of what the failed attempt held.
         budget.shrink(longest)
 
@@ -79,7 +98,8 @@ def _gradient(
     for places in parts:
         batch = pack(examples, places).to(weights.embed_VH.device)
         attend = PackedAttention(weights.architecture, batch, weights.embed_VH.dtype)
-        tokens = token_batch([examples[place] for place in places], _chosen(old_logps, places))
+        old = None if old_logps is None else [old_logps[place] for place in places]
+        tokens = token_batch([examples[place] for place in places], old)
         if settings.beta:
             with torch.no_grad():
                 reference_PH = run(weights, batch.ids_R, attend, BaseOps(), batch.predicting_P)
@@ -106,38 +126,29 @@ def _gradient(
     )
 
 
-def _extremes(examples: Sequence[Example]) -> tuple[int, int]:
-    """Rows of the longest prompt, and of the longest completion with its prompt."""
-    return max((len(e.prompt) for e in examples), default=0), max(map(length, examples), default=0)
-
-
 @torch.no_grad()
 def logps(
-    weights: Weights, examples: Sequence[Example], temperature: float, vocab: int, *, base: bool = False
+    weights: Weights, examples: Sequence[Example], temperature: float, vocab: int, *, budget: Budget, base: bool = False
 ) -> list[Tensor]:
     """Log-probs of each completion's tokens under the policy, or with `base` under the model without its adapter.
 
-    In the order of `examples`, float32 at least.
+    In the order of `examples`, float32 at least. Memory that runs out is met as in `gradient`. Raises ModelError.
     """
     head, ops = Head(weights, temperature, vocab), BaseOps() if base else PlainOps()
-    found: dict[int, Tensor] = {}
-    rows = Budget().rows(weights, *_extremes(examples))
-    for places in split(examples, range(len(examples)), rows):
-        batch = pack(examples, places).to(weights.embed_VH.device)
-        attend = PackedAttention(weights.architecture, batch, weights.embed_VH.dtype)
-        logps_N = head.logps(run(weights, batch.ids_R, attend, ops, batch.predicting_P), batch)
-        found |= dict(zip(places, torch.split(logps_N, batch.lengths), strict=True))
+
+    def attempt(parts: Sequence[list[int]]) -> dict[int, Tensor]:
+        found: dict[int, Tensor] = {}
+        for places in parts:
+            batch = pack(examples, places).to(weights.embed_VH.device)
+            attend = PackedAttention(weights.architecture, batch, weights.embed_VH.dtype)
+            logps_N = head.logps(run(weights, batch.ids_R, attend, ops, batch.predicting_P), batch)
+            found |= dict(zip(places, torch.split(logps_N, batch.lengths), strict=True))
+        return found
+
+    found = _as_fits(weights, examples, range(len(examples)), budget, attempt)
     return [found[place] for place in range(len(examples))]
 
 
 def cost(example: Example, settings: LossSettings) -> float:
     """What an example adds to the time of `gradient`, in rows of a pack; to divide a batch fairly."""
     return float(len(example.completion)) if has_gradient(example, settings) else 0.0
-
-
-def _chosen(old_logps: Sequence[Tensor | None] | None, places: Sequence[int]) -> list[Tensor] | None:
-    if old_logps is None:
-        return None
-    chosen = [logps for place in places if (logps := old_logps[place]) is not None]
-    assert len(chosen) == len(places), "what has a gradient in one update of a batch has one in the first"
-    return chosen

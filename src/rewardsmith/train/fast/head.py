@@ -2,7 +2,7 @@
 
 Logits exist for a chunk of targets at a time, never for tokens x vocabulary. Where a token's loss depends on its own
 log-prob only, one pass does both; otherwise log-probs come first and the logits are computed twice. What a token adds
-to the loss is in `losses`; how hidden states come about is `fast`'s business.
+to the loss is in `losses`; how hidden states come about is `gradient`'s business.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Head:
         tokens = tokens.to(h_PH.new_empty(0, dtype=torch.promote_types(h_PH.dtype, torch.float32)))
         whole = needs_whole_completions(settings, tokens.old_logps_N is None)
         losses = [_loss(self.logps(h_PH, pack), tokens, settings)] if whole else []
-        d_PH = torch.zeros_like(h_PH)
+        d_PH = torch.zeros_like(h_PH, dtype=tokens.weights_N.dtype)
         for part in self._parts(h_PH, pack):
             logps_C, probs_CV, bends_CV = self._chunk(h_PH, pack, part)
             if not whole:
@@ -52,10 +52,10 @@ class Head:
             d_CV = probs_CV.mul_(-slopes_C1).scatter_add_(1, pack.targets_N[part, None], slopes_C1)
             if bends_CV is not None:
                 d_CV.mul_(bends_CV)
-            d_CH = d_CV.to(h_PH.dtype) @ self.weights.head_VH[: self.vocab]
+            d_CH = (d_CV.to(h_PH.dtype) @ self.weights.head_VH[: self.vocab]).to(d_PH.dtype)
             # Added up: the last row of a prompt predicts the first token of every completion.
             d_PH.index_add_(0, pack.source_N[part], d_CH)
-        return PackLoss.total(losses), d_PH
+        return PackLoss.total(losses), d_PH.to(h_PH.dtype)
 
     def _parts(self, h_PH: Tensor, pack: Pack) -> Iterator[slice]:
         size = max(FEWEST_ROWS, CHUNK_LOGITS["cpu" if h_PH.device.type == "cpu" else "cuda"] // self.vocab)
@@ -81,7 +81,7 @@ class Head:
 
 @dataclass(frozen=True)
 class PackLoss:
-    """The loss of some tokens, summed, and what `update.Gradient` tells of it. `slopes_N` is d loss / d log-prob."""
+    """The loss of some tokens, summed, and what `batch.Gradient` tells of it. `slopes_N` is d loss / d log-prob."""
 
     loss: Tensor
     kl: Tensor | None

@@ -6,7 +6,7 @@ It needs no transformers model and knows nothing of the other ranks; `ranks` div
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rewardsmith.rollout.engine import Completion
+from rewardsmith.rollout.fast import blocked
 from rewardsmith.rollout.fast.engine import FastEngine
 from rewardsmith.rollout.memory import free_bytes
 from rewardsmith.rollout.model.weights import Weights
@@ -38,7 +39,8 @@ class Sampling:
 class Rank:
     """Rank `number` of `count`. `row_F` is where its gradient goes, all numbers of the adapter in one row.
 
-    With a `device`, the weights are copied there; else they are used where they are, which may be shared memory.
+    With a `device`, the weights are copied there; else they are used where they are, which may be shared memory. What
+    it gives away lies in the CPU's memory: no rank can read another one's card.
     """
 
     def __init__(
@@ -53,17 +55,22 @@ class Rank:
         between_tokens: Callable[[], None],
     ) -> None:
         self.number, self.count = number, count
+        home = weights.embed_VH.device if device is None else torch.device(device)
+        if home.type == "cuda":
+            # Kernels and graphs go to the current card, whatever card their tensors are on.
+            torch.cuda.set_device(home)
         self.weights = weights if device is None else weights.on(device)
+        sharing, free = sharing_memory(count, home.type), free_bytes(home)
         self.engine = FastEngine(
             self.weights,
             stop_ids=sampling.stop_ids,
             vocab=sampling.vocab,
             tokenizer=sampling.tokenizer,
             between_tokens=between_tokens,
-            # The ranks of a CPU share its memory.
-            cache_bytes=free_bytes(self.weights.embed_VH.device) // (2 * count) if device is None else None,
+            cache_bytes=free // (2 * sharing),
+            blocked_bytes=blocked.most_bytes(free, sharing),
         )
-        self.budget = Budget(count)
+        self.budget = Budget(sharing)
         self._vocab = sampling.vocab
         self._row_F = row_F
         # The row is rank 0's to read, in shared memory; on a GPU the gradient is computed there first.
@@ -81,7 +88,7 @@ class Rank:
 
     def merge(self) -> None:
         """This rank's part of a merged copy that all ranks read."""
-        self.weights.merge(self.number, self.count)
+        self.engine.merge(self.number, self.count)
 
     def deliver(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """The policy's adapter, to a rank with weights of its own. Raises DeliveryError."""
@@ -109,11 +116,12 @@ class Rank:
         )
         if self._own_F is not self._row_F:
             self._row_F.copy_(self._own_F)
-        return gradient
+        return replace(gradient, logps=[None if logps is None else logps.cpu() for logps in gradient.logps])
 
     def reference_logps(self, examples: Sequence[Example], temperature: float) -> list[Tensor]:
         """Of each completion's tokens under the model with its adapter off."""
-        return fast.logps(self.weights, examples, temperature, self._vocab, base=True)
+        found = fast.logps(self.weights, examples, temperature, self._vocab, budget=self.budget, base=True)
+        return [logps.cpu() for logps in found]
 
     def views(self, row_F: Tensor) -> dict[str, Tensor]:
         """A row as tensors with the names and shapes of the adapter."""
@@ -121,6 +129,11 @@ class Rank:
         ends = [0, *accumulate(tensor.numel() for tensor in like.values())]
         pieces = [row_F[start:stop] for start, stop in pairwise(ends)]
         return {name: piece.view(like[name].shape) for name, piece in zip(like, pieces, strict=True)}
+
+
+def sharing_memory(ranks: int, device: str) -> int:
+    """How many of the ranks share the memory that one sees as free: on CPUs all; each GPU is one rank's own."""
+    return ranks if device == "cpu" else 1
 
 
 def new_rows(weights: Weights, count: int) -> Tensor:

@@ -17,11 +17,12 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import wait
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from rewardsmith import machine
 from rewardsmith.rollout.adapter import Fingerprint
 from rewardsmith.rollout.engine import Completion
 from rewardsmith.rollout.model.weights import Weights
@@ -40,9 +41,7 @@ MAX_RANKS = 8
 # is a guess (docs/benchmarks.md).
 SMALL_MODEL_BYTES = 512 * 2**20
 
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+Result = TypeVar("Result")
 
 
 class Ranks:
@@ -67,7 +66,7 @@ class Ranks:
         """One rank for each GPU, else one for each core, at most 8; those that a model has no use for end in `load`."""
         if torch.cuda.is_available():
             return cls(devices=[f"cuda:{i}" for i in range(torch.cuda.device_count())])
-        return cls(min(available_cores(), MAX_RANKS) - 1)
+        return cls(min(machine.available_cores(), MAX_RANKS) - 1)
 
     @property
     def count(self) -> int:
@@ -92,13 +91,14 @@ class Ranks:
         self._between_tokens = between_tokens
         if not self._devices:
             self._end_useless_workers(weights, notice)
-            torch.set_num_threads(1 if self._workers else available_cores())
+            torch.set_num_threads(1 if self._workers else machine.threads())
         self._rows_RF = new_rows(weights, self.count)
         if self._workers:
             self._rows_RF = self._rows_RF.cpu().share_memory_()  # type: ignore[no-untyped-call]
             sent = weights.on("cpu") if self._devices else weights
             sent.share()
         for worker in self._workers:
+            worker.notice = notice
             device = self._devices[worker.number] if self._devices else None
             worker.order("load", worker.number, self.count, sent, device, self._rows_RF[worker.number], sampling)
         self._own = Rank(0, self.count, weights, None, self._rows_RF[0], sampling, between_tokens=self._between)
@@ -186,9 +186,7 @@ class Ranks:
         old_logps: list[Tensor | None] | None = None,
     ) -> tuple[Gradient, Mapping[str, Tensor]]:
         """Of the whole batch; the tensors have the adapter's names and are overwritten by the next call."""
-        groups = _by_prompt(examples)
-        divided = shares([_costs([examples[i] for i in group], settings) for group in groups], self.count)
-        places = [[i for s in share for i in groups[s.group][s.start : s.stop]] for share in divided]
+        places = _divided(examples, lambda example: fast.cost(example, settings), self.count)
 
         def work(mine: list[int]) -> tuple[Any, ...]:
             old = None if old_logps is None else [old_logps[i] for i in mine]
@@ -199,11 +197,19 @@ class Ranks:
         parts = [self._own.gradient(*work(places[0])), *self._answers()]
         for row_F in self._rows_RF[1:]:
             self._rows_RF[0] += row_F
-        return _sum(parts, places), self._own.views(self._rows_RF[0])
+        whole = replace(Gradient.total(parts), logps=_in_order([part.logps for part in parts], places))
+        return whole, self._own.views(self._rows_RF[0])
 
     def reference_logps(self, examples: Sequence[Example], temperature: float) -> list[Tensor]:
-        """Of each completion's tokens under the model with its adapter off, by this rank alone."""
-        return self._own.reference_logps(examples, temperature)
+        """Of each completion's tokens under the model with its adapter off."""
+        places = _divided(examples, lambda example: float(len(example.completion)), self.count)
+
+        def work(mine: list[int]) -> tuple[Any, ...]:
+            return [examples[i] for i in mine], temperature
+
+        for worker in self._workers:
+            worker.order("reference_logps", *work(places[worker.number]))
+        return _in_order([self._own.reference_logps(*work(places[0])), *self._answers()], places)
 
     # ---- Workers ----------------------------------------------------------------------------------------------------
 
@@ -232,24 +238,26 @@ def _fits_shared_memory(size: int) -> bool:
     return not os.path.isdir("/dev/shm") or shutil.disk_usage("/dev/shm").free > size
 
 
-def _by_prompt(examples: Sequence[Example]) -> list[list[int]]:
-    """Places of the examples of each prompt, in the order in which the prompts come first."""
+def _divided(examples: Sequence[Example], cost: Callable[[Example], float], ranks: int) -> list[list[int]]:
+    """For each rank the places of its examples: equal shares of the cost, examples of one prompt together."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, example in enumerate(examples):
         groups.setdefault(tuple(example.prompt), []).append(i)
-    return list(groups.values())
+    by_prompt = list(groups.values())
+    divided = shares([_costs([examples[i] for i in group], cost) for group in by_prompt], ranks)
+    return [[i for s in share for i in by_prompt[s.group][s.start : s.stop]] for share in divided]
 
 
-def _costs(group: Sequence[Example], settings: LossSettings) -> list[float]:
+def _costs(group: Sequence[Example], cost: Callable[[Example], float]) -> list[float]:
     """Of each completion of a prompt, with its part of the prompt's own."""
-    own = [fast.cost(example, settings) for example in group]
-    learned = sum(cost > 0 for cost in own)
-    return [cost and cost + len(group[0].prompt) / learned for cost in own]
+    own = [cost(example) for example in group]
+    computed = sum(rows > 0 for rows in own)
+    return [rows and rows + len(group[0].prompt) / computed for rows in own]
 
 
-def _sum(parts: Sequence[Gradient], places: Sequence[Sequence[int]]) -> Gradient:
-    """The parts of all ranks as one, log-probs in the order of the whole batch."""
-    logps: dict[int, Tensor | None] = {}
+def _in_order(parts: Sequence[Sequence[Result]], places: Sequence[Sequence[int]]) -> list[Result]:
+    """What the ranks found of the examples at their places, in the order of the whole batch."""
+    found: dict[int, Result] = {}
     for part, mine in zip(parts, places, strict=True):
-        logps |= dict(zip(mine, part.logps, strict=True))
-    return replace(Gradient.total(parts), logps=[logps[i] for i in range(len(logps))])
+        found |= dict(zip(mine, part, strict=True))
+    return [found[place] for place in range(len(found))]

@@ -28,7 +28,10 @@ ENDS_WITHIN = 5.0  # seconds a worker has to end by itself once its pipe is clos
 
 
 class Worker:
-    """`groups` are the finished groups that were not asked for yet: (place in the order, completions)."""
+    """`groups` are the finished groups that were not asked for yet: (place in the order, completions).
+
+    `notice` hears what the rank has to say to the user.
+    """
 
     def __init__(self, context: Any, number: int, others: Sequence[Worker]) -> None:
         self.number = number
@@ -42,6 +45,7 @@ class Worker:
         theirs.close()
         self.busy = False
         self.groups: deque[tuple[int, Any]] = deque()
+        self.notice: Callable[[str], None] = lambda message: None
         self._result: Any = None
 
     def order(self, name: str, *arguments: Any) -> None:
@@ -64,10 +68,16 @@ class Worker:
         return self._result
 
     def cancel(self) -> None:
-        """Ends a sampling order early and forgets what it brought."""
+        """Ends a sampling order early and forgets what it brought.
+
+        Raises nothing when the worker fails or is gone: why rank 0 cancels matters more, and the next order finds out.
+        """
         if self.busy:
-            _send(self.connection, ("cancel",))
-            self.answer()
+            try:
+                _send(self.connection, ("cancel",))
+                self.answer()
+            except (OSError, JobError):
+                self.busy = False
         self.groups.clear()
 
     def close(self) -> None:
@@ -85,6 +95,9 @@ class Worker:
         if kind == "group":
             self.groups.append(content)
             return
+        if kind == "notice":
+            self.notice(f"rank {self.number}: {content}")
+            return
         self.busy = False
         if kind == "error":
             raise content
@@ -93,13 +106,25 @@ class Worker:
     def _gone(self) -> JobError:
         self.busy = False
         self._process.join(ENDS_WITHIN)
-        code = self._process.exitcode
-        cause = "it was killed, often for want of memory" if code == -signal.SIGKILL else f"exit status {code}"
-        return JobError(f"training rank {self.number} is gone ({cause}); the job ends here, its checkpoints are kept")
+        return JobError(
+            f"training rank {self.number} is gone ({_how_it_ended(self._process.exitcode)}). The job cannot go on; the "
+            "checkpoints that it has saved stay"
+        )
 
 
 class _Canceled(Exception):
     """Rank 0 has something else to say, or is gone."""
+
+
+def _how_it_ended(code: int | None) -> str:
+    """Of a process by its exit code, minus the signal's number where a signal ended it, None when it still runs."""
+    if code is None:
+        return "its process runs but does not answer"
+    if code == -signal.SIGKILL:
+        return "it was killed, often for want of memory"
+    if code == -signal.SIGBUS:
+        return "it was ended by SIGBUS, often for want of shared memory: in a container, raise --shm-size"
+    return f"it was ended by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
 def _forks(context: BaseContext) -> bool:
@@ -138,7 +163,9 @@ def _serve(connection: Connection, foreign: Sequence[Connection]) -> None:
 
 
 def _load(connection: Connection, *arguments: Any) -> Rank:
-    return Rank(*arguments, between_tokens=lambda: _stop_when_asked(connection))
+    rank = Rank(*arguments, between_tokens=lambda: _stop_when_asked(connection))
+    rank.budget.notice = lambda message: _send(connection, ("notice", message))
+    return rank
 
 
 def _carry_out(connection: Connection, rank: Rank, name: str, arguments: list[Any]) -> Any:
@@ -146,12 +173,20 @@ def _carry_out(connection: Connection, rank: Rank, name: str, arguments: list[An
         for group in rank.generate(*arguments):
             _send(connection, ("group", group))
         return None
-    orders: dict[str, Callable[..., Any]] = {"merge": rank.merge, "deliver": rank.deliver, "gradient": rank.gradient}
+    orders: dict[str, Callable[..., Any]] = {
+        "merge": rank.merge,
+        "deliver": rank.deliver,
+        "gradient": rank.gradient,
+        "reference_logps": rank.reference_logps,
+    }
     return orders[name](*arguments)
 
 
 def _send(connection: Connection, message: Any) -> None:
-    """Tensors in shared memory go as references. Others as their bytes: each reference costs an open file."""
+    """Tensors in shared memory go as references. Others as their bytes: each reference costs an open file.
+
+    Those of a GPU, too: what was received by CUDA's own way between processes may not be sent on.
+    """
     stream = io.BytesIO()
     pickler = ForkingPickler(stream)
     pickler.dispatch_table = {**pickler.dispatch_table, torch.Tensor: _reduced}
@@ -160,9 +195,9 @@ def _send(connection: Connection, message: Any) -> None:
 
 
 def _reduced(tensor: Tensor) -> Any:
-    if tensor.is_shared():  # type: ignore[no-untyped-call]
+    if tensor.is_cpu and tensor.is_shared():  # type: ignore[no-untyped-call]
         return reduce_tensor(tensor)  # type: ignore[no-untyped-call]
-    return torch.from_numpy, (tensor.numpy(),)
+    return torch.from_numpy, (tensor.cpu().numpy(),)
 
 
 def _stop_when_asked(connection: Connection) -> None:

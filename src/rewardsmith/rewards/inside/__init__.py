@@ -1,0 +1,1 @@
+"""What runs inside the sandbox: standard library only. There it is the package `inside`, the only one of ours."""
