@@ -162,8 +162,10 @@ def test_an_executor_is_replaced_after_many_calls(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_executor_is_replaced_after_some_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pool([named("f", COUNTS)], workers=1) as scoring:
-        scoring.score([Group("p", {}, ["c"] * 5)])
+    constant = "def f(prompt, completion, example):\n    return 1.0\n"
+    with pool([named("f", constant)], workers=1) as scoring:
+        for _ in range(3):  # until its answer is known for certain, which takes a fresh executor
+            scoring.score([Group("p", {}, ["c"] * 5)])
         before = executors()
         scoring.score([Group("p", {}, ["c"])])
         assert executors() == before

@@ -87,7 +87,7 @@ def test_a_job_reports_every_step_its_completions_and_an_adapter_that_peft_loads
     PeftModel.from_pretrained(random_model("qwen2"), path)
 
 
-def test_segments_hold_every_completion_and_every_call_that_printed_or_failed(model: Path, folder: Path):
+def test_segments_hold_every_completion_and_every_call(model: Path, folder: Path):
     noisy = "def noisy(prompt, completion, example):\n    print('row', example['n'])\n    return len(completion)\n"
     first = revision(letter_a=LETTER_A, noisy=noisy)
     with ScriptedServer(spec(folder, model, config(), first=first)) as server:
@@ -114,7 +114,8 @@ def test_segments_hold_every_completion_and_every_call_that_printed_or_failed(mo
     assert {row["advantage"] for row in held_out} == {None}
     assert [row["policy_version"] for row in held_out] == [row["step"] for row in held_out]
     logs = segment_rows(folder, server, "reward_logs")
-    assert len(logs) == len(train) and {row["function"] for row in logs} == {"noisy"}
+    assert len(logs) == 2 * len(train), "a row for every call"
+    logs = [row for row in logs if row["function"] == "noisy"]
     assert all(row["prints"].strip() == f"row {written[row['row']]['n']}" for row in logs)
 
 

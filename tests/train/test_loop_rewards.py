@@ -179,7 +179,8 @@ def test_failing_rewards_pause_the_job_until_a_new_revision(model: Path, folder:
     assert "failing" in reason and "no such thing" in reason
     assert [body["revision"] for body in server.bodies("report")] == [1, 1, 1, 2, 2]
     assert series(server, "reward/failing/error_rate")[2] == 1 and series(server, "total_reward")[2] == 0
-    logs = segment_rows(folder, server, "reward_logs")
+    logs = [row for row in segment_rows(folder, server, "reward_logs") if row["revision"] == 1]
+    assert len(logs) == 2 * 8
     assert all(row["outcome"] == "exception" and "no such thing" in row["error"] for row in logs)
 
 

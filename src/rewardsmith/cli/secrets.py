@@ -12,7 +12,7 @@ from rewardsmith.errors import ConfigError
 
 app = typer.Typer(
     name="secrets",
-    help="Values that reward functions are given and nobody is shown, such as the key of a judge's API.",
+    help="Values for reward functions that nobody is shown.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

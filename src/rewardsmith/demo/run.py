@@ -101,6 +101,10 @@ def _server() -> Iterator[str]:
     console.print(f"Starting a server on {url}, home {default_home()}")
     with tempfile.TemporaryFile() as output:
         command = [sys.executable, "-m", "rewardsmith", "serve", "--port", str(port)]
+        if sys.platform != "linux":
+            # Nothing keeps reward functions in there, and the demo's own are known. The console says it.
+            command.append("--unsafe-rewards")
+            console.print("[bold red]UNSAFE: on this system reward functions run without a sandbox.[/]")
         # A session of its own: Ctrl-C in the terminal reaches the demo, which then ends the server in order.
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:

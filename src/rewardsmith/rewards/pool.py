@@ -90,9 +90,12 @@ class RewardPool:
         self._ways = [modes.Way.of(function, self._runtime.mode) for function in self.functions]
         if self._runtime.mode == "auto":
             self._say_what_is_forked()
-        self.tier = probe.required(*tiers.policy()) if self.tier is None else self.tier
-        if self.tier == Tier.S0:
-            self._note(f"UNSAFE: no sandbox keeps the reward functions in; open to them: {tiers.MEANING[Tier.S0][1]}")
+        if self.tier is None:
+            self.tier = probe.required(*tiers.policy())
+            if self.tier == Tier.S0:
+                self._note(
+                    f"UNSAFE: no sandbox keeps the reward functions in; not stopped: {tiers.MEANING[Tier.S0][1]}"
+                )
         sources = [Source(way.function.name, way.function.source, way.forked) for way in self._ways]
         environment = {**self._grants.secrets}
         if JOB_MARKER in os.environ:
