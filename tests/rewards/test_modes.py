@@ -3,6 +3,7 @@
 import textwrap
 from itertools import pairwise
 
+import psutil
 import pytest
 import reward_pools
 from reward_pools import named, pool
@@ -385,3 +386,5 @@ def test_threads_of_an_import_give_every_executor_a_sandbox_of_its_own(every_tie
         assert values([scores])[::2] == [1.0, 2.0, 3.0]
         assert "exit code 5" in (scores[1]["f"].error or "")
         assert 'File "<reward function f>", line' in (scores[3]["f"].error or "")
+    orphans = [p.info["cmdline"] for p in psutil.process_iter(["cmdline", "ppid"]) if p.info["ppid"] == 1]
+    assert not [words for words in orphans if "from inside import zygote" in " ".join(words or ())]

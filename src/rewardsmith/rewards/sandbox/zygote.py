@@ -333,11 +333,10 @@ class Sandbox:
             if self._scratch and self.ready:
                 # Executors have sessions of their own here; told by the closed socket, their parent knows how to end
                 # them, and what they left running.
-                with suppress(subprocess.TimeoutExpired):
-                    self._process.wait(STOP_SECONDS)
+                _await_end(self._process.pid)
+            # Also where it has ended by itself: it is not reaped yet, so the group is still its own.
             with suppress(ProcessLookupError, PermissionError):
-                if self._process.returncode is None:
-                    os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         if self._launch:
             self._launch.close()
@@ -350,6 +349,15 @@ class Sandbox:
         self._order_fd = self.log.fd = -1
         self._outgoing = memoryview(b"")
         self.broken = self.broken or "stopped"
+
+
+def _await_end(pid: int) -> None:
+    """For STOP_SECONDS at most, without reaping."""
+    give_up = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < give_up:
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.002)
 
 
 def _event(message: dict[str, Any]) -> Event:
