@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -68,3 +69,10 @@ def _parent_of(process: psutil.Process) -> int | None:
         return None if process.status() == psutil.STATUS_ZOMBIE else process.ppid()
     except psutil.NoSuchProcess:
         return None
+
+
+def kill_all() -> None:
+    """One that is killed may take others with it."""
+    for process in processes():
+        with suppress(psutil.NoSuchProcess):
+            process.kill()

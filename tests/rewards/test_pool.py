@@ -389,8 +389,7 @@ def test_a_sandbox_that_cannot_be_started_again_is_no_fault_of_the_function(
         with monkeypatch.context() as without:
             without.setattr(tempfile, "tempdir", str(tmp_path / "not there"))  # for what needs a scratch folder
             without.setenv("PATH", "")  # for what needs bubblewrap
-            for process in reward_pools.processes():
-                process.kill()
+            reward_pools.kill_all()
             for score in scoring.score([Group("p", {}, ["died", "after"])])[0]:
                 assert (score["f"].outcome, score["f"].value) == ("infrastructure", None)
                 assert score["f"].error is not None and "a sandbox cannot be started" in score["f"].error
@@ -402,8 +401,7 @@ def test_a_sandbox_that_ends_again_and_again_ends_the_job_with_the_reason(monkey
     with pool([named("f", ONE)], workers=1) as scoring:
         monkeypatch.setenv("PATH", "")
         monkeypatch.setattr(tempfile, "tempdir", "/not there")
-        for process in reward_pools.processes():
-            process.kill()
+        reward_pools.kill_all()
         with pytest.raises(RewardPoolError, match="ended 10 times without one result: "):
             for _ in range(10):
                 scoring.score([Group("p", {}, ["c"])])
