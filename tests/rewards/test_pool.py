@@ -465,13 +465,7 @@ def test_an_executor_killed_between_two_scores_is_replaced(wait_until: Wait) -> 
 def test_a_sandbox_killed_in_the_middle_is_replaced_and_no_call_is_blamed(wait_until: Wait) -> None:
     slow = "def f(prompt, completion, example):\n    import time\n    time.sleep(0.3)\n    return float(completion)"
     with pool([named("f", slow)], workers=2) as scoring:
-        victims = reward_pools.processes()
-
-        def kill() -> None:
-            for process in victims:
-                process.kill()
-
-        timer = threading.Timer(0.1, kill)
+        timer = threading.Timer(0.1, reward_pools.kill_all)
         timer.start()
         scores = scoring.score([Group("p", {}, ["1", "2", "3"])])[0]
         timer.join()
