@@ -137,3 +137,24 @@ def test_errors_are_explained(error: str, advice: str) -> None:
 def test_an_error_nobody_knows_is_told_as_it_is() -> None:
     assert explain("bwrap: something\n  else\n") == ("a sandbox does not start (bwrap: something else)", "")
     assert explain("") == ("a sandbox does not start (it said nothing)", "")
+
+
+@pytest.mark.parametrize(
+    ("minimum", "unsafe", "expected"),
+    [(None, None, (Tier.S1, False)), ("S3", None, (Tier.S3, False)), ("S1w", "1", (Tier.S1w, True))],
+)
+def test_the_administrator_decides(
+    minimum: str | None, unsafe: str | None, expected: tuple[Tier, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ((tiers.MINIMUM_VARIABLE, minimum), (tiers.UNSAFE_VARIABLE, unsafe)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert tiers.policy() == expected
+
+
+@pytest.mark.parametrize("minimum", ["S0", "S9", "s2"])
+def test_no_tier_is_low_enough_without_the_word_unsafe(minimum: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tiers.MINIMUM_VARIABLE, minimum)
+    with pytest.raises(SandboxError, match=f"not {minimum}; .* --unsafe-rewards"):
+        tiers.policy()

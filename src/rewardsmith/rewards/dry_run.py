@@ -13,8 +13,7 @@ from statistics import fmean, pstdev
 from typing import Any, Literal
 
 from rewardsmith import wire
-from rewardsmith.rewards.outcomes import GUARDED_SHARE, Score
-from rewardsmith.rewards.workbench.faults import gist
+from rewardsmith.rewards.outcomes import GUARDED_SHARE, Score, gist
 from rewardsmith.rewards.workbench.measures import known, percentile, same, silent
 
 BINS = 20

@@ -94,10 +94,10 @@ class ErrorGuard:
         else:
             return None
         last = failed[-1] if failed else None
-        return f"reward function {name!r} {rate}" + (f", last by {last.outcome}: {_gist(last)}" if last else "")
+        return f"reward function {name!r} {rate}" + (f", last by {last.outcome}: {gist(last)[:200]}" if last else "")
 
 
-def _gist(score: Score) -> str:
+def gist(score: Score) -> str:
     """The line of an error that names it: the last one of a traceback, the first one of anything else."""
     lines = (score.error or "no text").strip().splitlines()
-    return (lines[-1] if score.outcome == "exception" else lines[0])[:200]
+    return lines[-1] if score.outcome in ("exception", "out_of_memory") else lines[0]

@@ -191,11 +191,15 @@ def policy() -> tuple[Tier, bool]:
     """The lowest tier that user code may run in here, and whether it may run below all the same.
 
     From the environment, where `rewardsmith serve` puts what it was started with, for itself and for its jobs: no job
-    can ask for less. Raises SandboxError for a tier that does not exist.
+    can ask for less. Raises SandboxError for a tier that does not exist, and for S0: that takes the word "unsafe".
     """
     name = os.environ.get(MINIMUM_VARIABLE) or Tier.S1.name
-    if name not in Tier.__members__:
-        raise SandboxError(f"{MINIMUM_VARIABLE}={name} is no tier; there are {', '.join(Tier.__members__)}")
+    tiers = [tier.name for tier in Tier if tier > Tier.S0]
+    if name not in tiers:
+        raise SandboxError(
+            f"the lowest tier (--min-sandbox, {MINIMUM_VARIABLE}) is one of {', '.join(tiers)}, not {name}; to run "
+            "reward functions where nothing keeps them in, start the server with --unsafe-rewards"
+        )
     return Tier[name], os.environ.get(UNSAFE_VARIABLE) == "1"
 
 

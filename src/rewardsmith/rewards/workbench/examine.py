@@ -17,10 +17,10 @@ from statistics import fmean
 from rewardsmith.config import GRPOConfig
 from rewardsmith.errors import ConfigError
 from rewardsmith.reward_config import RewardFunctionsRuntimeConfig
-from rewardsmith.rewards.outcomes import Score, total
+from rewardsmith.rewards.outcomes import Score, gist, total
 from rewardsmith.rewards.pool import Group, RewardPool
 from rewardsmith.rewards.workbench import measures
-from rewardsmith.rewards.workbench.faults import Call, Origin, failed, fold, gist
+from rewardsmith.rewards.workbench.faults import Call, Origin, failed, fold
 from rewardsmith.rewards.workbench.findings import find
 from rewardsmith.rewards.workbench.measures import NEAR_BEST, TOTAL, Value, known
 from rewardsmith.rewards.workbench.probes import PROBES, REFERENCE, probes

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from rewardsmith.rewards.outcomes import Score
+from rewardsmith.rewards.outcomes import Score, gist
 
 # How tracebacks and the stacks of hanging calls name the text of a reward function.
 _USERS_LINE = re.compile(r'File "<reward[^"\n]*>", line (\d+)')
@@ -61,12 +61,6 @@ def fold(calls: Iterable[Call], origin: Origin | None) -> list[Fault]:
         else:
             faults[key] = Fault(score.outcome, where, error, 1, row, text, (score.error or "").strip())
     return sorted(faults.values(), key=lambda fault: -fault.count)
-
-
-def gist(score: Score) -> str:
-    """The line of an error that names it: the last one of a traceback, the first one of anything else."""
-    lines = (score.error or "no text").strip().splitlines()
-    return lines[-1] if score.outcome in ("exception", "out_of_memory") else lines[0]
 
 
 def _where(score: Score, origin: Origin | None) -> str:
